@@ -1,0 +1,87 @@
+"""The command line. One file per command, each with `add_parser(subparsers)` and `run(args)`.
+
+A command's file is imported only when that command is asked for, and this one needs the standard
+library alone: help comes at once, and `doctor` works where training's dependencies are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+COMMANDS = {
+    "train": "train a model with a recipe, on one process or under torchrun",
+    "sample": "draw samples of a model or of a run",
+    "plan": "print the denoising tree of a recipe and what it costs",
+    "export": "write a run's weights as a diffusers pipeline or LoRA",
+    "doctor": "say what this installation can do and what is missing",
+}
+
+_EPILOG = """\
+examples:
+  dancegrpo-fast train recipes/demo.yaml
+  dancegrpo-fast train recipes/demo.yaml rollout.group_size=12 output=runs/small
+  dancegrpo-fast train recipes/demo.yaml --resume latest
+  torchrun --nproc-per-node 8 -m dancegrpo_fast train recipes/demo.yaml
+  dancegrpo-fast plan recipes/demo.yaml
+  dancegrpo-fast COMMAND --help
+
+exit codes: 0 done, 1 defect (with a traceback), 2 your mistake (one line each),
+3 interrupted and resumable (continue with --resume latest)
+"""
+
+
+class _UsageError(Exception):
+    exit_code = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that reports a mistake like every other: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    An exception with an `exit_code` (`config.UserError`, `config.Interrupted`) ends in its message
+    and that code. Any other is a defect and is left to Python: traceback, exit code 1.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except Exception as error:
+        code: int | None = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(error, file=sys.stderr)
+        return code
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="dancegrpo-fast",
+        description="GRPO post-training for diffusion and flow models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    module = None
+    for name, summary in COMMANDS.items():
+        if name == command:
+            module = importlib.import_module(f"{__name__}.{name}")
+            module.add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    args = parser.parse_args(arguments)
+    assert module is not None  # parse_args has left with help or an error otherwise
+    code: int = module.run(args)
+    return code

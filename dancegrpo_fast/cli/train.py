@@ -1,0 +1,57 @@
+"""`dancegrpo-fast train`: run a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the command."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model with a recipe, on one process or under torchrun",
+        description="Runs a recipe to its end and writes weights, metrics and a report.",
+        epilog="""\
+examples:
+  dancegrpo-fast train recipes/demo.yaml
+  dancegrpo-fast train recipes/demo.yaml seed=1 output=runs/seed1
+  dancegrpo-fast train recipes/demo.yaml --resume latest
+  dancegrpo-fast train recipes/demo.yaml rollout.group_size=12 --print-config
+  torchrun --nproc-per-node 8 -m dancegrpo_fast train recipes/demo.yaml
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="YAML recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields of the recipe, by dotted path"
+    )
+    parser.add_argument(
+        "--resume",
+        choices=["latest"],
+        help="continue the run in the output folder from its newest undamaged snapshot",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the whole checked recipe and stop"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from dancegrpo_fast.config import dump, load_config
+
+    config = load_config(args.recipe, args.overrides)
+    if args.print_config:
+        print(dump(config), end="")
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from dancegrpo_fast.quiet import quiet_libraries
+
+    quiet_libraries()
+    from dancegrpo_fast.run import train
+
+    page = train(config, resume=args.resume == "latest")
+    if page is not None:
+        print(f"report: {page}")
+    return 0

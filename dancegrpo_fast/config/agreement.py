@@ -1,0 +1,175 @@
+"""Which fields of a recipe must fit each other.
+
+Each check reads values by dotted path, so that the loader can run it on a recipe whose other fields
+are still wrong: a check that meets an invalid field is skipped, the others still speak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Get = Callable[[str], Any]
+Disagreement = tuple[str, str]  # dotted path, reason
+
+
+class NotValid(Exception):
+    """A check asked for a field that has an error of its own."""
+
+
+def disagreements(get: Get, default: Get) -> list[Disagreement]:
+    """Returns every (path, reason) where fields that are valid alone contradict each other.
+
+    Args:
+        get: Value at a dotted path; raises NotValid where the field has an error of its own.
+        default: Default at a dotted path.
+    """
+    found: list[Disagreement] = _without_effect(get, default)
+    for check in (_last_step, _window, _branches, _group, _credit, _updates):
+        try:
+            found.extend(check(get))
+        except NotValid:
+            continue  # that field's own line is reported; this check would only guess
+    return found
+
+
+def show(value: Any) -> str:
+    """Returns a value as a recipe spells it, cut to one short line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_TREE = "rollout.tree"
+_ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    # setting, its selector, the choices that read it
+    ("rollout.shift", "rollout.schedule", ("dance",)),
+    ("rollout.exact_density", "rollout.dynamics", ("cps",)),
+    (f"{_TREE}.window_size", f"{_TREE}.kind", ("window",)),
+    (f"{_TREE}.window_start", f"{_TREE}.kind", ("window",)),
+    (f"{_TREE}.window_range", f"{_TREE}.kind", ("window",)),
+    (f"{_TREE}.branch_steps", f"{_TREE}.kind", ("branch_points", "trunk_with_branches")),
+    (f"{_TREE}.branches", f"{_TREE}.kind", ("branch_points", "trunk_with_branches")),
+    (f"{_TREE}.trunks", f"{_TREE}.kind", ("trunk_with_branches",)),
+    ("advantage.running_window", "advantage.scope", ("running",)),
+    ("policy.lora_rank", "policy.train", ("lora",)),
+    ("policy.lora_alpha", "policy.train", ("lora",)),
+    ("policy.lora_targets", "policy.train", ("lora",)),
+)
+
+
+def _without_effect(get: Get, default: Get) -> list[Disagreement]:
+    """Settings that the chosen kind would ignore: nothing in a recipe may do nothing."""
+    found = []
+    for path, selector, choices in _ONLY_WITH:
+        try:
+            value, choice = get(path), get(selector)
+        except NotValid:
+            continue
+        if choice not in choices and value != default(path):
+            way_out = f"set that to {' or '.join(choices)}, or leave it at {show(default(path))}"
+            found.append((path, f"has no effect with {selector} = {show(choice)}; {way_out}"))
+    return found
+
+
+def _trained_steps(get: Get) -> int:
+    """Steps 0 .. n - 1 can be trained; the last of the schedule only with train_last."""
+    return get("rollout.steps") - (0 if get("rollout.train_last") else 1)
+
+
+def _last_step(get: Get) -> Iterator[Disagreement]:
+    if get("rollout.schedule") == "dance" and get("rollout.shift") is None:
+        yield "rollout.shift", "schedule dance needs a shift, such as 3.0; 1.0 leaves it unshifted"
+    if get("rollout.dynamics") == "cps" and get("rollout.noise_level") > 1:
+        yield "rollout.noise_level", "cps takes a level in (0, 1], such as 0.7"
+    if get("rollout.train_last") and get("rollout.final") != "sample":
+        yield "rollout.train_last", "needs rollout.final = sample (the other ends have no density)"
+    elif get("rollout.train_last") and get("rollout.dynamics") == "cps":
+        yield "rollout.train_last", "cps adds no noise in its last step; set it to false"
+    if _trained_steps(get) < 1:
+        yield "rollout.steps", "the last step is not trained, so nothing is; take 2 or more steps"
+
+
+def _window(get: Get) -> Iterator[Disagreement]:
+    n = _trained_steps(get)
+    if get(f"{_TREE}.kind") != "window" or n < 1:
+        return
+    size, start = get(f"{_TREE}.window_size"), get(f"{_TREE}.window_start")
+    span = get(f"{_TREE}.window_range")
+    scope = f"{n} of {get('rollout.steps')} steps can be trained"
+    if size is None:
+        yield f"{_TREE}.window_size", f"kind window needs a size from 1 to {n} ({scope})"
+    elif size > n:
+        yield f"{_TREE}.window_size", f"must be from 1 to {n} ({scope})"
+    elif start is not None and start + size > n:
+        yield f"{_TREE}.window_start", f"a window of {size} must start in 0 to {n - size} ({scope})"
+    if start is not None and span is not None:
+        yield f"{_TREE}.window_range", "has no effect beside window_start; set one of them to null"
+    elif span is not None and not 0 <= span[0] < span[1] <= n:
+        yield f"{_TREE}.window_range", f"must be [first, end) inside [0, {n}] ({scope})"
+    elif span is not None and size is not None and span[1] - span[0] < size <= n:
+        yield f"{_TREE}.window_range", f"must hold at least window_size = {size} steps"
+
+
+def _branches(get: Get) -> Iterator[Disagreement]:
+    kind, n = get(f"{_TREE}.kind"), _trained_steps(get)
+    if kind not in ("branch_points", "trunk_with_branches") or n < 1:
+        return
+    steps, branches = get(f"{_TREE}.branch_steps"), get(f"{_TREE}.branches")
+    if branches is None:
+        yield f"{_TREE}.branches", f"kind {kind} needs the number of children, such as 4"
+    if not steps:
+        yield f"{_TREE}.branch_steps", f"kind {kind} needs a list of steps, such as [0]"
+        return
+    if list(steps) != sorted(set(steps)) or steps[-1] >= n:
+        scope = f"{n} of {get('rollout.steps')} steps can be trained"
+        yield f"{_TREE}.branch_steps", f"must ascend from 0 to at most {n - 1} ({scope})"
+        return
+    if branches is None:
+        return
+    trunks, size = get(f"{_TREE}.trunks"), get("rollout.group_size")
+    if kind == "branch_points":
+        leaves, formula = branches ** len(steps), f"branches ** steps = {branches} ** {len(steps)}"
+    else:
+        leaves = trunks * len(steps) * branches
+        formula = f"trunks * steps * branches = {trunks} * {len(steps)} * {branches}"
+    if size != leaves:
+        yield "rollout.group_size", f"must be {leaves}, the leaves of this tree ({formula})"
+
+
+def _group(get: Get) -> Iterator[Disagreement]:
+    size, scope = get("rollout.group_size"), get("advantage.scope")
+    kept = get("advantage.best_of_n")
+    if size == 1 and scope == "group":
+        reason = "one sample has no group to compare with; use 2 or more"
+        yield "rollout.group_size", f"{reason}, or advantage.scope = batch or running"
+    if kept is not None and kept >= size:
+        yield "advantage.best_of_n", f"must be below rollout.group_size = {size}, or null for all"
+
+
+def _credit(get: Get) -> Iterator[Disagreement]:
+    credit, kind = get("advantage.credit"), get(f"{_TREE}.kind")
+    if credit != "leaf" and get("advantage.scope") != "group":
+        yield "advantage.scope", f"credit {credit} normalises inside one prompt's tree; use group"
+    if credit != "siblings":
+        return
+    branches = get(f"{_TREE}.branches")
+    if kind not in ("branch_points", "trunk_with_branches"):
+        reason = f"needs {_TREE}.kind = trunk_with_branches or branch_points"
+        yield "advantage.credit", f"{reason}; with {kind} use leaf or depth"
+    elif branches is not None and branches < 3:
+        reason = f"needs {_TREE}.branches of 3 or more, here {branches}"
+        yield "advantage.credit", f"{reason} (two children only ever get +a and -a)"
+
+
+def _updates(get: Get) -> Iterator[Disagreement]:
+    updates, source = get("loss.updates"), get("loss.old_log_prob")
+    if updates > 1 and source == "on_policy":
+        reason = f"with loss.updates = {updates} the later updates are off-policy"
+        yield "loss.old_log_prob", f"{reason}; use recompute (or auto), or updates = 1"
+    if get("evaluation.every") is not None and get("evaluation.prompts") is None:
+        yield "evaluation.every", "needs evaluation.prompts, a file of held-out prompts, or null"
+    samples = get("advantage.best_of_n") or get("rollout.group_size")
+    if updates > samples:
+        yield "loss.updates", f"a group has {samples} trained samples, so at most {samples} updates"

@@ -1,0 +1,1 @@
+"""Losses over what a rollout drew."""

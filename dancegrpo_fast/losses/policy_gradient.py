@@ -1,0 +1,88 @@
+"""The clipped policy-gradient loss of one micro-batch of states with their trained children."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dancegrpo_fast.batching import Call
+from dancegrpo_fast.config import LossConfig
+from dancegrpo_fast.models.family import Conditions, Family, evaluate
+from dancegrpo_fast.ops import PolicyLoss, policy_loss, transition_log_prob
+from dancegrpo_fast.policy import Policy
+from dancegrpo_fast.trajectories import Fan, Trajectories
+
+
+def policy_gradient_loss(
+    call: Call,
+    drawn: Trajectories,
+    conditions: Conditions,
+    family: Family,
+    policy: Policy,
+    module: nn.Module,
+    config: LossConfig,
+    *,
+    divisor: float,
+    reward_weights: np.ndarray,
+    old_log_prob: Tensor | None,
+) -> PolicyLoss:
+    """Loss of one call; its gradient, summed over calls and ranks, is the update's.
+
+    Args:
+        call: States and their trained children, with advantages and weights.
+        drawn: Stored latents and coefficients.
+        conditions: Of all prompts of the iteration.
+        family: For the network call and the action box.
+        policy: For the reference, when `config.kl_weight` is not 0.
+        module: The network to differentiate, possibly wrapped by an engine.
+        config: Clip range and KL.
+        divisor: The update's divisor, over all ranks.
+        reward_weights: [C].
+        old_log_prob: [children], or None for the on-policy ratio exp(lp - lp.detach()).
+    """
+    fan = Fan.of_call(call)
+    latents = drawn.stack(fan.places)
+    output = evaluate(family, module, drawn.plan, conditions, fan.places, latents)
+    reference = None
+    if config.kl_weight:
+        with torch.no_grad(), policy.reference() as untrained:
+            network = untrained[call.module]
+            reference = evaluate(family, network, drawn.plan, conditions, fan.places, latents)
+    device = latents.device
+    return policy_loss(
+        output,
+        latents,
+        drawn.stack(fan.edges),
+        drawn.edge_coefficients(fan.edges),
+        _tensor(np.concatenate([item.advantages for item in call.items]), device),
+        old_log_prob=old_log_prob,
+        weights=_tensor(np.concatenate([item.weights for item in call.items]), device),
+        child_offsets=fan.offsets,
+        reward_weights=_tensor(reward_weights, device),
+        clip_range=config.clip_range,
+        divisor=divisor,
+        kl_weight=config.kl_weight,
+        reference_output=reference,
+        action_box=family.action_box,
+    )
+
+
+@torch.no_grad()
+def recompute_log_prob(
+    fan: Fan, drawn: Trajectories, conditions: Conditions, family: Family, module: nn.Module
+) -> Tensor:
+    """Log-prob [children] of some edges under the current weights, in this batch composition."""
+    latents = drawn.stack(fan.places)
+    return transition_log_prob(
+        evaluate(family, module, drawn.plan, conditions, fan.places, latents),
+        latents,
+        drawn.stack(fan.edges),
+        drawn.edge_coefficients(fan.edges),
+        child_offsets=fan.offsets,
+        action_box=family.action_box,
+    )
+
+
+def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device=device, dtype=torch.float32)

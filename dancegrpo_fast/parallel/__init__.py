@@ -1,0 +1,1 @@
+"""Processes, and how a module's gradients are shared between them."""

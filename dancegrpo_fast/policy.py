@@ -1,0 +1,139 @@
+"""What is trained: named modules, in full or through a LoRA, with a reference and an average.
+
+Modules are diffusers models. Trainable parameters are float32; frozen ones keep their dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dancegrpo_fast.config import PolicyConfig, UserError
+from dancegrpo_fast.ops.noise import NoiseKey, normal
+
+ADAPTER = "default"
+
+
+class Policy:
+    """Named modules, their trainable parameters, and the weights derived from them.
+
+    Attributes:
+        modules: Name to network, in the order everything iterates over (Wan2.2 has two).
+        config: How they are trained.
+        ema: Averaged trainable parameters by "module.parameter", or None.
+        ema_updates: How many updates the average has seen.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        config: PolicyConfig,
+        *,
+        lora_targets: list[str],
+        key: NoiseKey,
+        needs_reference: bool,
+    ) -> None:
+        self.modules = dict(modules)
+        self.config = config
+        for position, module in enumerate(self.modules.values()):
+            # Rollout and training run the same mode: dropout would make the ratio differ from 1.
+            module.eval().requires_grad_(False)
+            if config.train == "lora":
+                _add_lora(module, config, config.lora_targets or lora_targets, key.fold_in(position))
+            else:
+                module.requires_grad_(True)
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        self._frozen: dict[str, nn.Module] = {}
+        if needs_reference and config.train == "full":
+            self._frozen = {
+                name: copy.deepcopy(module).requires_grad_(False)
+                for name, module in self.modules.items()
+            }
+        self.ema: dict[str, Tensor] | None = None
+        self.ema_updates = 0
+        if config.ema_decay is not None:
+            self.ema = {k: p.detach().clone() for k, p in self.trainable().items()}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by "module.parameter", in module order."""
+        return {
+            f"{name}.{parameter_name}": parameter
+            for name, module in self.modules.items()
+            for parameter_name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @contextmanager
+    def reference(self) -> Iterator[Mapping[str, nn.Module]]:
+        """The untrained modules: adapters off, or the frozen copies."""
+        if self.config.train == "full":
+            assert self._frozen, "the policy was built without a reference"
+            yield self._frozen
+            return
+        for module in self.modules.values():
+            module.disable_adapters()
+        try:
+            yield self.modules
+        finally:
+            for module in self.modules.values():
+                module.enable_adapters()
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Fold the current weights into the average; early updates weigh more, as in Flow-GRPO."""
+        if self.ema is None:
+            return
+        assert self.config.ema_decay is not None
+        self.ema_updates += 1
+        decay = min(self.config.ema_decay, (1 + self.ema_updates) / (10 + self.ema_updates))
+        for name, parameter in self.trainable().items():
+            self.ema[name].lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the modules hold the averaged weights where there are any."""
+        if self.ema is None:
+            yield
+            return
+        own = {name: parameter.data for name, parameter in self.trainable().items()}
+        for name, parameter in self.trainable().items():
+            parameter.data = self.ema[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.trainable().items():
+                parameter.data = own[name]
+
+
+def _add_lora(
+    module: nn.Module, config: PolicyConfig, targets: list[str], key: NoiseKey
+) -> None:
+    from peft import LoraConfig
+
+    try:
+        module.add_adapter(
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                target_modules=targets,
+                init_lora_weights="gaussian",
+            ),
+            adapter_name=ADAPTER,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"policy.lora_targets = {targets}: no such layers in {type(module).__name__}; "
+            f"give names of its linear layers ({error})"
+        ) from error
+    with torch.no_grad():
+        for position, (name, parameter) in enumerate(module.named_parameters()):
+            if "lora_A" in name:
+                # peft's "gaussian" scale, drawn from a key: the same on every rank and resume.
+                draw = normal(tuple(parameter.shape), key.fold_in(position).draw())
+                parameter.copy_(draw / config.lora_rank)

@@ -1,0 +1,21 @@
+"""Keep the libraries' own progress bars and advice out of a run's output.
+
+Only what is known to be irrelevant here is hidden; warnings that tell of a problem stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Call before a model is loaded."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    # Each import of transformers without torchvision says so once per image processor.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*Mismatch dtype between input and weight.*")

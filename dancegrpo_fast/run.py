@@ -1,0 +1,224 @@
+"""A whole run: the loop around `Trainer.iteration`, with logs, snapshots, evaluation and report."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from dancegrpo_fast import checkpoint
+from dancegrpo_fast.config import Interrupted, RunConfig, UserError, dump
+from dancegrpo_fast.data import PromptSet
+from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.report.evaluate import Difference, Draw, Evaluation, evaluate
+from dancegrpo_fast.report.metrics import MetricsLog
+from dancegrpo_fast.report.result import Outcome, write_report, write_summary
+from dancegrpo_fast.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, *, resume: bool = False) -> Path | None:
+    """Run a recipe to its end; returns the report page, if there were held-out prompts.
+
+    The run's folder gets `recipe.yaml`, `metrics.jsonl`, `tensorboard/`, `clips/`, `snapshots/`,
+    `final/` (the weights, for a stock pipeline), `summary.json` and `report.html`.
+
+    Raises:
+        UserError: Anything in the recipe that does not fit, before work is done.
+        Interrupted: SIGINT or SIGTERM; the run continues with --resume latest.
+    """
+    world = World.from_environment()
+    try:
+        return _Run(config, world, resume).to_end()
+    finally:
+        world.close()
+
+
+class _Run:
+    def __init__(self, config: RunConfig, world: World, resume: bool) -> None:
+        self.config, self.world, self.folder = config, world, Path(config.output)
+        self.held_out: tuple[str, ...] = ()
+        if config.evaluation.prompts:
+            held_out = PromptSet.load(config.evaluation.prompts, field="evaluation.prompts")
+            self.held_out = held_out.prompts
+        started = time.perf_counter()
+        self.trainer = Trainer(config, world)
+        if resume and not self.trainer.resume():
+            raise UserError(
+                f"--resume latest: {self.trainer.snapshots} holds no usable snapshot; start the run "
+                "without --resume"
+            )
+        done = self.trainer.done
+        self.log = MetricsLog(self.folder, resumed=done if resume else None) if world.is_main else None
+        if self.log:
+            (self.folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")
+        self._spend("load", started)
+        self.base: Evaluation | None = None
+
+    def to_end(self) -> Path | None:
+        with self.log or nullcontext(), logging_redirect_tqdm():
+            self._evaluate_base()
+            self._iterate()
+            final = self.folder / "final"
+            if self.world.is_main:
+                started = time.perf_counter()
+                checkpoint.export(self.trainer.family.pipeline, self.trainer.policy, final)
+                self._spend("export", started)
+                logger.info("weights for a stock pipeline: %s", final)
+            self.world.barrier()
+            return self._report(final) if self.held_out and self.world.is_main else None
+
+    def _iterate(self) -> None:
+        trainer, config = self.trainer, self.config
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        bar = tqdm(
+            total=config.iterations,
+            initial=trainer.done,
+            desc="iterations",
+            disable=not self.world.is_main,
+        )
+        try:
+            with bar:
+                while trainer.done < config.iterations:
+                    metrics = trainer.iteration()
+                    self._log_iteration(metrics, bar)
+                    if trainer.done % config.checkpoint.every == 0 or (
+                        trainer.done == config.iterations
+                    ):
+                        started = time.perf_counter()
+                        trainer.save()
+                        self._spend("snapshot", started)
+                    every = config.evaluation.every
+                    if every and trainer.done % every == 0 and trainer.done < config.iterations:
+                        self._evaluate_now()
+        except KeyboardInterrupt:
+            raise Interrupted(self._abandon()) from None
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _abandon(self) -> str:
+        """Leave the iteration; its start is saved where the weights still are those of its start."""
+        stage = self.trainer.current
+        if self.world.size == 1 and stage in ("sample", "score"):
+            self.trainer.save()
+            return (
+                f"interrupted in iteration {self.trainer.done}; its start is saved in "
+                f"{self.trainer.snapshots}; continue with --resume latest"
+            )
+        return (
+            f"interrupted in iteration {self.trainer.done}; continue from the newest snapshot in "
+            f"{self.trainer.snapshots} with --resume latest"
+        )
+
+    def _log_iteration(self, metrics: dict[str, float], bar: tqdm) -> None:
+        trainer = self.trainer
+        if self.log is None:
+            return
+        self.log.write(trainer.done, metrics)
+        if trainer.clip and (trainer.done == 1 or trainer.done % self.config.checkpoint.every == 0):
+            self.log.add_clip(trainer.clip[0], trainer.clip[1], trainer.done)
+        shown = {"reward": metrics["reward/mean"], "gap": metrics["gate/max_gap"]}
+        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+        bar.update()
+
+    # ---- evaluation ----------------------------------------------------------------------------
+
+    def _evaluate_base(self) -> None:
+        """The untrained model, from its own folder; kept beside the run for a resumed one."""
+        if not (self.held_out and self.world.is_main):
+            return
+        kept = self.folder / "evaluation-base.npz"
+        if kept.is_file() and self.trainer.done:
+            self.base = Evaluation.load(kept)
+            return
+        self.base = self._evaluate("base", self._stock_draw(None))
+        self.base.save(kept)
+        self._log_evaluation(self.base, 0)
+
+    def _evaluate_now(self) -> None:
+        if not (self.held_out and self.world.is_main):
+            return
+        trainer = self.trainer
+        with trainer.policy.averaged():
+            found = self._evaluate(
+                f"iteration {trainer.done}",
+                lambda prompts, latents: trainer.family.draw(
+                    trainer.family.pipeline, prompts, latents, self.config.rollout.steps
+                ),
+            )
+        self._log_evaluation(found, trainer.done)
+
+    def _stock_draw(self, exported: Path | None) -> Draw:
+        family, steps = self.trainer.family, self.config.rollout.steps
+        pipeline = family.stock_pipeline(exported, self.config.policy.train)
+        return lambda prompts, latents: family.draw(pipeline, prompts, latents, steps)
+
+    def _evaluate(self, what: str, draw: Draw) -> Evaluation:
+        started = time.perf_counter()
+        count = len(self.held_out) * self.config.evaluation.seeds
+        with tqdm(total=count, desc=f"evaluate {what}", leave=False) as bar:
+            found = evaluate(
+                draw,
+                self.held_out,
+                self.trainer.rewards,
+                self.config.evaluation,
+                latent_shape=self.trainer.family.latent_shape,
+                device=self.world.device,
+                progress=bar.update,
+            )
+        self._spend("evaluate", started)
+        return found
+
+    def _log_evaluation(self, found: Evaluation, iteration: int) -> None:
+        assert self.log is not None and self.base is not None
+        weights = np.array([reward.weight for reward in self.config.rewards])
+        difference = Difference.of(self.base.scores @ weights, found.scores @ weights)
+        values = {
+            "evaluation/reward": difference.trained,
+            "evaluation/standard_error": difference.standard_error,
+            "evaluation/diversity": float(found.distances.mean()),
+        }
+        self.log.write(iteration, values)
+        for prompt, clip in zip(self.held_out[:4], found.clips[:4], strict=False):
+            self.log.add_clip(f"held out {prompt}", torch.from_numpy(clip) / 255, iteration)
+
+    def _report(self, final: Path) -> Path:
+        trained = self._evaluate("exported weights", self._stock_draw(final))
+        self._log_evaluation(trained, self.trainer.done)
+        assert self.base is not None
+        outcome = Outcome(
+            self.config,
+            self.held_out,
+            self.base,
+            trained,
+            {
+                "base": checkpoint.weights_hash(Path(self.config.model.path)),
+                "trained": checkpoint.weights_hash(final),
+            },
+            self.trainer.seconds,
+            self.trainer.family.load_lines(final, self.config.policy.train),
+        )
+        write_summary(outcome, self.folder)
+        total = outcome.difference()
+        logger.info(
+            "held-out reward %.3f -> %.3f (%+.3f +- %.3f)",
+            total.base, total.trained, total.gain, total.standard_error,
+        )  # fmt: skip
+        return write_report(outcome, self.folder)
+
+    def _spend(self, stage: str, started: float) -> None:
+        seconds = self.trainer.seconds
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

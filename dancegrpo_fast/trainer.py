@@ -1,0 +1,272 @@
+"""The training loop. Start reading at `Trainer.iteration`: sample, score, advantages, update."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dancegrpo_fast import checkpoint
+from dancegrpo_fast.advantages import (
+    LeafAdvantages,
+    RunningRewards,
+    best_and_worst,
+    check_credit,
+    edge_advantages,
+    leaf_advantages,
+)
+from dancegrpo_fast.batching import Update, build_updates, leaf_owners
+from dancegrpo_fast.config import RunConfig, UserError
+from dancegrpo_fast.data import PromptSet
+from dancegrpo_fast.losses.gate import forward_settings
+from dancegrpo_fast.models import load_family
+from dancegrpo_fast.models.family import Conditions
+from dancegrpo_fast.ops.noise import NoiseKey
+from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.policy import Policy
+from dancegrpo_fast.rewards import load_rewards
+from dancegrpo_fast.rewards.scoring import score_latents
+from dancegrpo_fast.roles import Role
+from dancegrpo_fast.rollout import draw_trees, held_states, plan_trees
+from dancegrpo_fast.schedules import Schedule, dance_schedule
+from dancegrpo_fast.trajectories import Trajectories
+from dancegrpo_fast.transitions import coefficient_table
+from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.updating import Updater
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One process of a run.
+
+    Everything an iteration draws or decides is a function of (config, iteration number), so the
+    trainer's only state is what a snapshot holds: weights, average, optimizers, reward history and
+    `done`, the number of finished iterations.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.key = NoiseKey.from_seed(config.seed)
+        self.prompts = PromptSet.load(config.data.prompts)
+        self.rewards = load_rewards(config.rewards)
+        self.reward_weights = np.array([reward.weight for reward in config.rewards])
+        prompts, group_size = config.data.prompts_per_iteration, config.rollout.group_size
+        self.owner = leaf_owners(prompts, group_size, world.size)
+        self.family = load_family(config.model, world.device)
+        check_credit(self.plan(0), config.advantage.credit)
+        self.policy = Policy(
+            self.family.modules,
+            config.policy,
+            lora_targets=self.family.lora_targets,
+            key=self.key.fold_in(Role.ADAPTER),
+            needs_reference=config.loss.kl_weight > 0,
+        )
+        self.updater = Updater(config, self.family, self.policy, world)
+        self.running = RunningRewards(config.advantage.running_window)
+        self.done = 0
+        self.seconds: dict[str, float] = {}
+        self.current = ""  # Stage that is running: tells an interrupted run what it may save.
+        self.clip: tuple[str, torch.Tensor] | None = None  # The last (prompt, sample) to look at.
+
+    def iteration(self) -> dict[str, float]:
+        """Sample, score, advantages, update; returns metrics that are equal on every rank."""
+        plan = self.plan(self.done)
+        batch = self.prompts.batch(self.done, self.config.seed, len(self.owner))
+        prompts = [prompt for _, prompt in batch]
+
+        with self.stage("sample"):
+            conditions = self.family.encode(prompts)
+            drawn = self.sample(plan, conditions)
+        with self.stage("score"):
+            rewards = self.score(drawn, prompts)
+        advantages = leaf_advantages(
+            rewards,
+            self.reward_weights,
+            self.config.advantage,
+            prompts=[index for index, _ in batch],
+            running=self.running,
+        )
+        with self.stage("update"):
+            updates = self.schedule_updates(plan, rewards, advantages)
+            metrics = self.update(updates, drawn, conditions, advantages)
+
+        self.done += 1
+        return self.reward_metrics(rewards, advantages) | metrics
+
+    # ---- the stages of an iteration ------------------------------------------------------------
+
+    def plan(self, iteration: int) -> TreePlan:
+        """The tree of every prompt of an iteration."""
+        key = self.key.fold_in(Role.WINDOW).fold_in(iteration).draw()
+        return plan_trees(self.config.rollout, self.sigma_grid(), key)
+
+    def sigma_grid(self) -> Schedule:
+        """The sigma grid of the recipe."""
+        rollout = self.config.rollout
+        if rollout.schedule == "dance":
+            return dance_schedule(rollout.steps, rollout.shift or 1.0)
+        return self.family.schedule(rollout.steps)
+
+    def sample(self, plan: TreePlan, conditions: Conditions) -> Trajectories:
+        """Draw this rank's part of the trees."""
+        rollout = self.config.rollout
+        self.sampled_with = forward_settings(
+            self.family, self.policy, batch_size=rollout.batch_size
+        )
+        transitions = plan.transitions(
+            dynamics=rollout.dynamics,
+            level=rollout.noise_level,
+            kl=self.config.loss.kl,
+            exact_density=rollout.exact_density,
+        )
+        own = [(int(p), int(g)) for p, g in np.argwhere(self.owner == self.world.rank)]
+        held = held_states(plan, own)
+        with self.bar("sample", sum(bool(plan.children[s]) for h in held.values() for s in h)) as bar:
+            return draw_trees(
+                self.family,
+                self.policy.modules,
+                plan,
+                coefficient_table(transitions, device=self.world.device),
+                conditions,
+                key=self.key.fold_in(Role.LATENTS).fold_in(self.done),
+                owner=self.owner,
+                rank=self.world.rank,
+                batch_size=rollout.batch_size,
+                latent_dtype=rollout.latent_dtype,
+                progress=bar.update,
+            )
+
+    def score(self, drawn: Trajectories, prompts: list[str]) -> np.ndarray:
+        """Decode and score this rank's samples; returns every rank's rewards [P, G, R]."""
+        texts = [prompts[p] for p, _ in drawn.leaves]
+        with self.bar("score", len(texts)) as bar:
+            own = score_latents(
+                drawn.samples(),
+                texts,
+                self.family.decode,
+                self.rewards,
+                batch_size=self.config.rollout.batch_size,
+                progress=bar.update,
+            )
+        self.clip = (texts[0], own.clip)
+        rewards = self.world.gather_rewards(own.values, self.owner)
+        for column, reward in enumerate(self.config.rewards):
+            if reward.weight and not np.isfinite(rewards[..., column]).any():
+                raise UserError(
+                    f"rewards.{column}.name = {reward.name!r}: all {self.owner.size} samples of "
+                    f"iteration {self.done} failed ({own.first_error or 'it returned NaN'}); the "
+                    "weights are untouched: mend the reward and continue with --resume latest"
+                )
+        return rewards
+
+    def schedule_updates(
+        self, plan: TreePlan, rewards: np.ndarray, advantages: LeafAdvantages
+    ) -> list[Update]:
+        """Which states this rank trains in which micro-batch of which update."""
+        config = self.config
+        selected, edge_values = advantages.valid, None
+        if config.advantage.best_of_n is not None:
+            selected = best_and_worst(advantages, config.advantage.best_of_n)
+        if config.advantage.credit != "leaf":
+            edge_values, _ = edge_advantages(plan, rewards, self.reward_weights, config.advantage)
+        return build_updates(
+            plan,
+            advantages,
+            selected,
+            key=self.key.fold_in(Role.SELECTION).fold_in(self.done),
+            modules=self.family.module_names(plan.schedule),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            updates=config.loss.updates,
+            timestep_fraction=config.loss.timestep_fraction,
+            micro_batch_size=config.loss.micro_batch_size,
+            edge_values=edge_values,
+        )
+
+    def update(
+        self,
+        updates: list[Update],
+        drawn: Trajectories,
+        conditions: Conditions,
+        advantages: LeafAdvantages,
+    ) -> dict[str, float]:
+        """Run the update schedule."""
+        with self.bar("update", sum(len(update.calls) for update in updates)) as bar:
+            return self.updater.run(
+                updates, drawn, conditions, advantages.weights, self.sampled_with, bar.update
+            )
+
+    def reward_metrics(self, rewards: np.ndarray, advantages: LeafAdvantages) -> dict[str, float]:
+        """Statistics of the iteration's rewards; failed samples enter none."""
+        used = self.reward_weights != 0
+        total = (rewards[..., used] @ self.reward_weights[used])[advantages.valid]
+        groups = [rewards[p, v][:, used] for p, v in enumerate(advantages.valid) if v.any()]
+        spreads = [float((group @ self.reward_weights[used]).std()) for group in groups]
+        metrics = {
+            "reward/mean": float(total.mean()) if total.size else float("nan"),
+            "reward/std_in_group": float(np.mean(spreads)) if spreads else float("nan"),
+            "reward/failed": float(np.isnan(rewards).any(axis=-1).mean()),
+            "reward/zero_variance": advantages.zero_variance,
+        }
+        for column, reward in enumerate(self.rewards):
+            scores = rewards[..., column]
+            if np.isfinite(scores).any():
+                metrics[f"reward/{reward.name}"] = float(np.nanmean(scores))
+        return metrics
+
+    # ---- bookkeeping ---------------------------------------------------------------------------
+
+    @property
+    def snapshots(self) -> Path:
+        """Folder of the run's snapshots."""
+        return Path(self.config.output) / "snapshots"
+
+    def save(self) -> None:
+        """Write a snapshot of the last finished iteration."""
+        tensors = checkpoint.collect(self.policy, self.updater.optimizers)
+        extra = {
+            "ema_updates": self.policy.ema_updates,
+            "skipped": self.updater.skipped,
+            "seconds": self.seconds,
+            "running": {str(p): h.tolist() for p, h in self.running.history.items()},
+        }
+        snapshot = checkpoint.Snapshot(self.done, tensors, extra)
+        checkpoint.save(self.snapshots, snapshot, self.world, self.config.checkpoint.keep)
+
+    def resume(self) -> bool:
+        """Continue from the newest undamaged snapshot; False if there is none."""
+        tensors = checkpoint.collect(self.policy, self.updater.optimizers)
+        snapshot = checkpoint.load(self.snapshots, tensors, self.world)
+        if snapshot is None:
+            return False
+        self.done = snapshot.iteration
+        self.policy.ema_updates = snapshot.extra["ema_updates"]
+        self.updater.skipped = snapshot.extra["skipped"]
+        self.seconds = snapshot.extra["seconds"]
+        self.running.history = {
+            int(p): np.array(h, dtype=np.float64) for p, h in snapshot.extra["running"].items()
+        }
+        return True
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add to the run's seconds of a stage, and say which one is running."""
+        start = time.perf_counter()
+        self.current = name
+        yield
+        self.current = ""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def bar(self, name: str, total: int) -> tqdm:
+        """A progress bar with ETA inside an iteration: on the main process, on a terminal."""
+        hidden = None if self.world.is_main else True
+        return tqdm(total=total, desc=f"  {name}", position=1, leave=False, disable=hidden)

@@ -1,0 +1,87 @@
+"""What one rank drew in one iteration: the stored states of the trees, and how losses read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dancegrpo_fast.batching import Call
+from dancegrpo_fast.tree import TreePlan
+
+# A state of an iteration: (position of the prompt, state index in the plan). As an edge: its child.
+Place = tuple[int, int]
+
+
+@dataclass
+class Trajectories:
+    """The stored part of the trees of one iteration.
+
+    Attributes:
+        plan: The tree of every prompt.
+        coefficients: [states, 8] on the device, of the edge into each state (roots: 0).
+        leaves: (prompt, leaf position) of this rank's samples, in canonical order.
+        latents: Latents [C, F, H, W] of the states that training or decoding will read.
+        log_prob: Log-prob (0-d) of every stochastic edge drawn here, as the rollout saw it.
+    """
+
+    plan: TreePlan
+    coefficients: Tensor
+    leaves: list[tuple[int, int]]
+    latents: dict[Place, Tensor] = field(default_factory=dict)
+    log_prob: dict[Place, Tensor] = field(default_factory=dict)
+
+    def stack(self, places: Sequence[Place]) -> Tensor:
+        """Stored latents [n, C, F, H, W] of some states."""
+        return torch.stack([self.latents[place] for place in places])
+
+    def samples(self) -> Tensor:
+        """Final latents [n, C, F, H, W] of this rank's leaves."""
+        return self.stack([(p, self.plan.leaves[g]) for p, g in self.leaves])
+
+    def keep(self, front: dict[Place, Tensor]) -> None:
+        """Store the states of a level that are read again; the others are freed with their level."""
+        for (p, index), latents in front.items():
+            kids = self.plan.children[index]
+            trained = any(self.plan.states[s].trained for s in (index, *kids))
+            if trained or not kids:
+                self.latents[p, index] = latents
+
+    def recorded_log_prob(self, edges: Sequence[Place]) -> Tensor:
+        """[n] log-prob that the rollout recorded for some edges."""
+        return torch.stack([self.log_prob[edge] for edge in edges])
+
+    def edge_coefficients(self, edges: Sequence[Place]) -> Tensor:
+        """[n, 8] coefficients of some edges."""
+        return self.coefficients[[child for _, child in edges]]
+
+
+@dataclass(frozen=True)
+class Fan:
+    """Some states with their trained children, as the fused ops take them.
+
+    Attributes:
+        places: [n] states.
+        edges: [children] edges by child state, state after state.
+        offsets: [n + 1] int64, where each state's children begin.
+    """
+
+    places: list[Place]
+    edges: list[Place]
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, places: Sequence[Place], children: Sequence[Sequence[int]]) -> Fan:
+        """States with the given children each."""
+        edges = [(p, c) for (p, _), group in zip(places, children, strict=True) for c in group]
+        offsets = torch.tensor([0, *np.cumsum([len(group) for group in children])])
+        return cls(list(places), edges, offsets.to(torch.int64))
+
+    @classmethod
+    def of_call(cls, call: Call) -> Fan:
+        """The states and trained children of a micro-batch."""
+        places = [(item.prompt, item.state) for item in call.items]
+        return cls.of(places, [item.children for item in call.items])

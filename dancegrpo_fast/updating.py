@@ -1,0 +1,177 @@
+"""The update phase of an iteration: micro-batches, the ratio gate, optimizer steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dancegrpo_fast.batching import Update
+from dancegrpo_fast.config import RunConfig, UserError
+from dancegrpo_fast.losses.gate import (
+    ForwardSettings,
+    RatioGate,
+    explain_gap,
+    forward_settings,
+    gap_limit,
+    gap_report,
+)
+from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss, recompute_log_prob
+from dancegrpo_fast.models.family import Conditions, Family
+from dancegrpo_fast.ops import POLICY_METRICS
+from dancegrpo_fast.parallel.ddp import Replicated
+from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.policy import Policy
+from dancegrpo_fast.trajectories import Fan, Trajectories
+
+logger = logging.getLogger(__name__)
+MAX_SKIPPED = 3  # Updates in a row without a finite gradient before the run gives up.
+
+
+class Updater:
+    """Turns an update schedule into optimizer steps.
+
+    Attributes:
+        optimizers: One AdamW per module, so that a module with nothing to train is not stepped.
+        skipped: Updates in a row that had no finite gradient.
+    """
+
+    def __init__(self, config: RunConfig, family: Family, policy: Policy, world: World) -> None:
+        self.config, self.family, self.policy, self.world = config, family, policy, world
+        self.mode = old_log_prob_mode(config)
+        self.engine = Replicated(policy.modules, world)
+        self.skipped = 0
+        settings = config.optimizer
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                [parameter for parameter in module.parameters() if parameter.requires_grad],
+                lr=settings.learning_rate,
+                betas=settings.betas,
+                eps=settings.eps,
+                weight_decay=settings.weight_decay,
+            )
+            for name, module in policy.modules.items()
+        }
+
+    def run(
+        self,
+        updates: list[Update],
+        drawn: Trajectories,
+        conditions: Conditions,
+        reward_weights: np.ndarray,
+        sampled_with: ForwardSettings,
+        progress: Callable[[int], object] = lambda count: None,
+    ) -> dict[str, float]:
+        """Run every update; the ratio gate stands before the first optimizer step."""
+        gate = RatioGate(drawn.plan.schedule.steps, self.world.device)
+        old = self._old_log_probs(updates, drawn, conditions, gate)
+        totals = torch.zeros(len(POLICY_METRICS), dtype=torch.float64, device=self.world.device)
+        metrics: dict[str, float] = {}
+        norms: list[float] = []
+        for position, update in enumerate(updates):
+            for number, call in enumerate(update.calls):
+                following = update.calls[number + 1 :]
+                last = not any(later.module == call.module for later in following)
+                with self.engine.synchronised(call.module, last) as module:
+                    result = policy_gradient_loss(
+                        call, drawn, conditions, self.family, self.policy, module,
+                        self.config.loss,
+                        divisor=update.divisor,
+                        reward_weights=reward_weights,
+                        old_log_prob=old[position][number],
+                    )  # fmt: skip
+                    result.loss.backward()
+                totals += result.metrics
+                if position == 0:
+                    gate.record(call, drawn, result.log_prob)
+                progress(1)
+            if position == 0:
+                metrics |= self._pass_gate(gate, drawn, conditions, sampled_with)
+            norms += self._step(update)
+        self.world.all_reduce(totals, "sum")
+        metrics["update/grad_norm"] = float(np.mean(norms)) if norms else 0.0
+        metrics["update/skipped"] = float(self.skipped)
+        return metrics | _means(totals)
+
+    def _old_log_probs(
+        self, updates: list[Update], drawn: Trajectories, conditions: Conditions, gate: RatioGate
+    ) -> list[list[Tensor | None]]:
+        """Old log-probs of every call: the rollout's, recomputed now, or None for on-policy."""
+
+        def of_call(position: int, module: str, fan: Fan) -> Tensor | None:
+            if self.mode == "rollout":
+                return drawn.recorded_log_prob(fan.edges)
+            if self.mode == "recompute" and position > 0:
+                network = self.policy.modules[module]
+                return recompute_log_prob(fan, drawn, conditions, self.family, network)
+            return None
+
+        rows: list[list[Tensor | None]] = []
+        for position, update in enumerate(updates):
+            rows.append([of_call(position, c.module, Fan.of_call(c)) for c in update.calls])
+            for call, values in zip(update.calls, rows[-1], strict=True):
+                if self.mode == "recompute" and values is not None:
+                    gate.record(call, drawn, values)
+        return rows
+
+    def _pass_gate(
+        self,
+        gate: RatioGate,
+        drawn: Trajectories,
+        conditions: Conditions,
+        sampled_with: ForwardSettings,
+    ) -> dict[str, float]:
+        """Stop, on every rank, if training does not see the rollout's log-probs."""
+        limit = gap_limit(self.config.loss, self.mode)
+        largest, mean = gate.reduce(self.world.all_reduce)
+        if float(largest.max()) > limit:
+            explanation = explain_gap(
+                gate.worst(), drawn, conditions, self.family, self.policy,
+                batch_size=self.config.rollout.batch_size, limit=limit,
+            )  # fmt: skip
+            size = self.config.loss.micro_batch_size
+            now = forward_settings(self.family, self.policy, batch_size=size)
+            raise gap_report(largest, limit, self.mode, sampled_with, now, explanation)
+        return {"gate/max_gap": float(largest.max()), "gate/mean_gap": float(mean.max())}
+
+    def _step(self, update: Update) -> list[float]:
+        """Clip and step every trained module, unless a gradient is not finite; returns the norms."""
+        limit = self.config.optimizer.max_grad_norm
+        norms = [float(self.engine.clip_grad_norm(name, limit)) for name in update.modules]
+        if np.isfinite(norms).all():
+            self.skipped = 0
+            for name in update.modules:
+                self.optimizers[name].step()
+            if update.modules:
+                self.policy.update_ema()
+        else:
+            # The norms are those of the summed gradients: every rank takes this branch together.
+            self.skipped += 1
+            logger.warning("gradient norm %s is not finite: update skipped", norms)
+            if self.skipped >= MAX_SKIPPED:
+                raise UserError(
+                    f"optimizer.learning_rate = {self.config.optimizer.learning_rate}: "
+                    f"{MAX_SKIPPED} updates in a row had no finite gradient; lower the learning "
+                    "rate or optimizer.max_grad_norm, and resume from the last snapshot"
+                )
+        for name in update.modules:
+            self.optimizers[name].zero_grad(set_to_none=True)
+        return norms
+
+
+def old_log_prob_mode(config: RunConfig) -> str:
+    """`loss.old_log_prob` with `auto` resolved."""
+    mode = config.loss.old_log_prob
+    if mode == "auto":
+        return "on_policy" if config.loss.updates == 1 else "recompute"
+    return mode
+
+
+def _means(totals: Tensor) -> dict[str, float]:
+    """Means over trained transitions of the additive sums that `policy_loss` returns."""
+    sums = dict(zip(POLICY_METRICS, totals.tolist(), strict=True))
+    count = max(sums.pop("children"), 1.0)
+    return {f"policy/{name}": value / count for name, value in sums.items()}

@@ -1,0 +1,76 @@
+"""The doctor names what is missing, what it costs and the way out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+
+import pytest
+import torch
+
+from dancegrpo_fast.cli import doctor
+from dancegrpo_fast.ops import native
+
+
+def report(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = doctor.run(argparse.Namespace())
+    return status, capsys.readouterr().out
+
+
+def test_missing_native_module(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(native, "why_not", lambda: "the native module is not built: do this")
+    status, out = report(capsys)
+    assert status == 0
+    assert "the native module is not built: do this. Without it noise is 30 times slower" in out
+
+
+def test_built_native_module(native_module, capsys) -> None:
+    status, out = report(capsys)
+    assert status == 0
+    assert f"compiled by {native_module.build()['compiler']}" in out
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "expected"),
+    [
+        (None, None, "no NVIDIA driver, torch without CUDA: everything runs on the CPU"),
+        (None, (12, 4), "driver for CUDA up to 12.4, torch without CUDA: install torch for CUDA"),
+        ("13.0", (12, 4), "the driver is too old; update the driver, or install torch for CUDA 12"),
+        ("12.8", (12, 4), "torch for CUDA 12.8, but torch sees no device"),
+    ],
+)
+def test_cuda_and_driver_are_compared(built, driver, expected, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_driver_cuda", lambda: driver)
+    status, out = report(capsys)
+    assert status == 0
+    assert expected in out
+
+
+def test_missing_training_packages_are_named_together(monkeypatch, capsys) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name in ("diffusers", "peft"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    status, out = report(capsys)
+    assert status == 0
+    assert "cannot run without diffusers, peft: pip install 'dancegrpo-fast[train]'" in out
+
+
+def test_core_that_cannot_run_is_exit_code_2(monkeypatch, capsys) -> None:
+    real = importlib.import_module
+
+    def import_module(name: str) -> object:
+        if name == "torch":
+            raise ImportError("libtorch_cpu.so: cannot open shared object file")
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    status, out = report(capsys)
+    assert status == 2
+    assert "MISSING  torch          does not import (libtorch_cpu.so" in out
