@@ -1,7 +1,8 @@
 """From rewards to advantages: of leaves (samples), and of edges where a rule credits edges.
 
-Every rank holds the same gathered reward array and runs this same host code in float64, so nothing
-here communicates. A failed reward is NaN, never a number: the sample is dropped from every statistic.
+Every rank holds the same gathered reward array and runs this same host code in float64, so
+nothing here communicates. A failed reward is NaN, never a number: the sample is dropped from every
+statistic.
 """
 
 from __future__ import annotations
@@ -106,9 +107,9 @@ def edge_advantages(
 ) -> tuple[Array, Array]:
     """Advantages of the trained edges under `credit = depth` or `siblings`.
 
-    An edge's reward is the mean over the valid leaves below it. `depth` (BranchGRPO) normalises over
-    the prompt's trained edges into one step; `siblings` (TempFlow-GRPO) over the trained children of
-    one state, and an only child takes the advantage of the edge into its parent.
+    An edge's reward is the mean over the valid leaves below it. `depth` (BranchGRPO) normalises
+    over the prompt's trained edges into one step; `siblings` (TempFlow-GRPO) over the trained
+    children of one state, and an only child takes the advantage of the edge into its parent.
 
     Returns:
         values [P, states, C] (0 on untrained edges and edges with no valid leaf) and weights [C].
@@ -144,13 +145,14 @@ def check_credit(plan: TreePlan, rule: str) -> None:
         if len(kids) == 2:
             raise ValueError(
                 "advantage.credit = siblings: a state has 2 trained children, whose normalised "
-                "advantages would be +-1 whatever the rewards; use 3 or more branches, or credit = leaf"
+                "advantages would be +-1 whatever the rewards; use 3 or more branches, or "
+                "credit = leaf"
             )
         if len(kids) == 1 and not plan.states[index].trained:
             raise ValueError(
                 "advantage.credit = siblings: the first trained edge of this tree is an only child "
-                f"(step {plan.states[index].step}), which has nothing to be compared with; branch at "
-                "the first trained step, or use credit = leaf"
+                f"(step {plan.states[index].step}), which has nothing to be compared with; branch "
+                "at the first trained step, or use credit = leaf"
             )
 
 
@@ -188,7 +190,7 @@ def _combine(values: Array, weights: Array, config: AdvantageConfig) -> tuple[Ar
 def _normalise(
     values: Array, mean_of: Array, std_of: Array, config: AdvantageConfig
 ) -> tuple[Array, bool]:
-    """(values - mean) / (std + eps), 0 for NaN; and whether the spread is too small to mean anything."""
+    """(values - mean) / (std + eps), 0 for NaN; and whether the spread is too small to count."""
     mean_of, std_of = mean_of[np.isfinite(mean_of)], std_of[np.isfinite(std_of)]
     ddof = 1 if config.std == "unbiased" else 0
     if len(std_of) <= ddof:
@@ -214,7 +216,8 @@ def _credit_sets(plan: TreePlan, rule: str) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for state in plan.states:
         if state.trained and not (rule == "siblings" and _only_child(plan, state.index)):
-            groups.setdefault(state.step if rule == "depth" else state.parent, []).append(state.index)
+            key = state.step if rule == "depth" else state.parent
+            groups.setdefault(key, []).append(state.index)
     return list(groups.values())
 
 

@@ -1,9 +1,10 @@
 """The update schedule: which rank runs which states in which micro-batch of which update.
 
 Every rank derives the whole schedule from the gathered rewards and from keys, in canonical order
-(prompt, state), so nothing but rewards, gradients and gate metrics ever crosses ranks, and an update
-is the same function of (prompts, seed) on every number of ranks. Each rank makes the same number of
-forward and backward calls of each module; a rank with less to do runs calls of zero weight.
+(prompt, state), so nothing but rewards, gradients and gate metrics ever crosses ranks, and an
+update is the same function of (prompts, seed) on every number of ranks. Each rank makes the same
+number of forward and backward calls of each module; a rank with less to do runs calls of zero
+weight.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class _Credit:
         self.weight += weight
 
 
+# A trained edge as (prompt, state, child).
+Anchor = tuple[int, int, int]
 # The trained edges of one rank in one update: (prompt, child state) -> credit.
 Credits = dict[tuple[int, int], _Credit]
 
@@ -83,8 +86,8 @@ def leaf_owners(prompts: int, group_size: int, world_size: int) -> np.ndarray:
     """[P, G] rank that draws, decodes and scores each sample: contiguous, in canonical order."""
     if prompts * group_size < world_size:
         raise ValueError(
-            f"{prompts} prompts x {group_size} samples cannot be spread over {world_size} processes; "
-            "raise data.prompts_per_iteration or rollout.group_size, or start fewer processes"
+            f"{prompts} prompts x {group_size} samples cannot be spread over {world_size} "
+            "processes; raise data.prompts_per_iteration or rollout.group_size, or start fewer"
         )
     parts = np.array_split(np.arange(prompts * group_size), world_size)
     owner = np.concatenate([np.full(len(part), rank) for rank, part in enumerate(parts)])
@@ -140,7 +143,7 @@ def build_updates(
             elif first_leaf:
                 values = edge_values[p, edge]
             else:
-                continue  # Under edge-wise credit an edge belongs wholly to its first leaf's update.
+                continue  # Edge-wise credit: an edge belongs wholly to its first leaf's update.
             credits = table[update_of[p, g]][owner[p, g]]
             credits.setdefault((p, edge), _Credit(np.zeros((columns, 2)))).add(values)
 
@@ -177,9 +180,9 @@ def _timestep_subsets(
     return subsets
 
 
-def _anchors(plan: TreePlan, owner: np.ndarray, world_size: int) -> list[list[tuple[int, int, int]]]:
-    """Per rank and step, one (prompt, state, child) the rank holds: the work of its zero-weight calls."""
-    found: list[list[tuple[int, int, int]]] = []
+def _anchors(plan: TreePlan, owner: np.ndarray, world_size: int) -> list[list[Anchor]]:
+    """Per rank, the trained edges of its first leaf: the work of its zero-weight calls."""
+    found: list[list[Anchor]] = []
     for rank in range(world_size):
         p, g = (int(v) for v in np.argwhere(owner == rank)[0])
         edges = plan.leaf_edges[g]
@@ -190,7 +193,7 @@ def _anchors(plan: TreePlan, owner: np.ndarray, world_size: int) -> list[list[tu
 def _update_for_rank(
     plan: TreePlan,
     ranks: list[Credits],
-    anchors: list[list[tuple[int, int, int]]],
+    anchors: list[list[Anchor]],
     modules: Sequence[str],
     rank: int,
     micro_batch_size: int,
@@ -232,14 +235,14 @@ def _items_by_module(
 
 def _idle_item(
     plan: TreePlan,
-    anchors: list[tuple[int, int, int]],
+    anchors: list[Anchor],
     modules: Sequence[str],
     name: str,
     columns: int,
 ) -> Item:
     """A zero-weight item for `name`; its edge is one the rank sampled, so nothing is made up."""
     fitting = [a for a in anchors if modules[plan.states[a[1]].step] == name]
-    # A leaf has trained edges of its own at other steps only if plans mix modules per leaf; then any
-    # held state gives the collective calls the rank owes, at the cost of a wrong expert's zero.
+    # Where the rank's first leaf has no edge of this module, any state it holds makes the
+    # collective calls that the rank owes; its weight is zero.
     prompt, state, edge = (fitting or anchors)[0]
     return Item(prompt, state, (edge,), np.zeros((1, columns, 2)), np.zeros(1))

@@ -123,7 +123,8 @@ def export(pipeline: Any, policy: Policy, out: Path) -> None:
             return
         from peft.utils import get_peft_model_state_dict
 
-        for position, (name, module) in enumerate(policy.modules.items()):
+        modules: dict[str, Any] = dict(policy.modules)
+        for position, (name, module) in enumerate(modules.items()):
             # diffusers loads a second expert's LoRA from a file of its own.
             pipeline.save_lora_weights(
                 out / name if position else out,

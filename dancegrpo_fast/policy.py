@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +31,21 @@ class Policy:
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, Any],
         config: PolicyConfig,
         *,
         lora_targets: list[str],
         key: NoiseKey,
         needs_reference: bool,
     ) -> None:
-        self.modules = dict(modules)
+        self.modules: dict[str, Any] = dict(modules)  # diffusers models: adapters come with peft
         self.config = config
         for position, module in enumerate(self.modules.values()):
             # Rollout and training run the same mode: dropout would make the ratio differ from 1.
             module.eval().requires_grad_(False)
             if config.train == "lora":
-                _add_lora(module, config, config.lora_targets or lora_targets, key.fold_in(position))
+                targets = config.lora_targets or lora_targets
+                _add_lora(module, config, targets, key.fold_in(position))
             else:
                 module.requires_grad_(True)
             for parameter in module.parameters():
@@ -112,7 +114,7 @@ class Policy:
 
 
 def _add_lora(
-    module: nn.Module, config: PolicyConfig, targets: list[str], key: NoiseKey
+    module: Any, config: PolicyConfig, targets: list[str], key: NoiseKey
 ) -> None:
     from peft import LoraConfig
 

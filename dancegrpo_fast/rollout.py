@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast.config import RolloutConfig
-from dancegrpo_fast.models.family import DTYPES, Conditions, Family, evaluate
+from dancegrpo_fast.advantages import check_credit
+from dancegrpo_fast.config import RolloutConfig, RunConfig
+from dancegrpo_fast.models.family import DTYPES, Conditions, Family, Grid, evaluate
 from dancegrpo_fast.ops import sample_transition
 from dancegrpo_fast.ops.noise import DrawKey, NoiseKey, keys_table, normal_batch, randint
+from dancegrpo_fast.roles import Role
 from dancegrpo_fast.schedules import Schedule
 from dancegrpo_fast.trajectories import Fan, Place, Trajectories
 from dancegrpo_fast.tree import (
@@ -30,20 +32,23 @@ from dancegrpo_fast.tree import (
 )
 
 
-def plan_trees(config: RolloutConfig, schedule: Schedule, key: DrawKey) -> TreePlan:
-    """The tree of every prompt of an iteration.
+def plan_iteration(config: RunConfig, grid: Grid, iteration: int) -> TreePlan:
+    """The tree of every prompt of an iteration, checked against the credit rule."""
+    key = NoiseKey.from_seed(config.seed).fold_in(Role.WINDOW).fold_in(iteration).draw()
+    plan = plan_trees(config.rollout, grid.schedule(config.rollout), key)
+    check_credit(plan, config.advantage.credit)
+    return plan
 
-    Args:
-        config: Shape of the tree.
-        schedule: Sigma grid.
-        key: Draws the window's start where the recipe leaves it open.
-    """
-    tree, last = config.tree, {"final": config.final, "train_last": config.train_last}
+
+def plan_trees(config: RolloutConfig, schedule: Schedule, key: DrawKey) -> TreePlan:
+    """The tree a recipe describes; `key` draws the window's start where it is left open."""
+    tree, size = config.tree, config.group_size
+    final, train_last = config.final, config.train_last
     match tree.kind:
         case "shared_root":
-            return shared_root(schedule, config.group_size, **last)
+            return shared_root(schedule, size, final=final, train_last=train_last)
         case "independent_roots":
-            return independent_roots(schedule, config.group_size, **last)
+            return independent_roots(schedule, size, final=final, train_last=train_last)
         case "window":
             assert tree.window_size is not None
             start = tree.window_start
@@ -51,15 +56,20 @@ def plan_trees(config: RolloutConfig, schedule: Schedule, key: DrawKey) -> TreeP
                 end = schedule.steps if config.train_last else schedule.steps - 1
                 low, high = tree.window_range or (0, end)
                 start = randint(low, high - tree.window_size + 1, key)
-            return window(schedule, config.group_size, start, tree.window_size, **last)
+            return window(
+                schedule, size, start, tree.window_size, final=final, train_last=train_last
+            )
         case "branch_points":
             assert tree.branches is not None
-            return branch_points(schedule, tree.branch_steps, tree.branches, **last)
+            return branch_points(
+                schedule, tree.branch_steps, tree.branches, final=final, train_last=train_last
+            )
         case "trunk_with_branches":
             assert tree.branches is not None
             return trunk_with_branches(
-                schedule, tree.branch_steps, tree.branches, trunks=tree.trunks, **last
-            )
+                schedule, tree.branch_steps, tree.branches,
+                trunks=tree.trunks, final=final, train_last=train_last,
+            )  # fmt: skip
 
 
 @torch.no_grad()
@@ -95,7 +105,7 @@ def draw_trees(
     leaves = [(int(p), int(g)) for p, g in np.argwhere(owner == rank)]
     held = held_states(plan, leaves)
     keys = {p: key.fold_in(p) for p in held}
-    names = family.module_names(plan.schedule)
+    names = family.grid.module_names(plan.schedule)
     drawn = Trajectories(plan, coefficients, leaves)
     front = _draw_roots(family, plan, held, keys, DTYPES[latent_dtype])
     for step in range(plan.schedule.steps):

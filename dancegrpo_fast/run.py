@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dancegrpo_fast import checkpoint
-from dancegrpo_fast.config import Interrupted, RunConfig, UserError, dump
+from dancegrpo_fast.config import Interrupted, RunConfig, UserError, dump, load_config
 from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.report.evaluate import Difference, Draw, Evaluation, evaluate
@@ -43,6 +43,21 @@ def train(config: RunConfig, *, resume: bool = False) -> Path | None:
         world.close()
 
 
+def restore(folder: Path) -> Trainer:
+    """The trainer of a run's folder, at its newest undamaged snapshot; on one process."""
+    recipe = folder / "recipe.yaml"
+    if not recipe.is_file():
+        raise UserError(f"run = {str(folder)!r}: holds no recipe.yaml; give the folder of a run")
+    config = load_config(recipe, [])
+    trainer = Trainer(config, World.from_environment())
+    if not trainer.resume():
+        raise UserError(
+            f"run = {str(folder)!r}: {trainer.snapshots} holds no usable snapshot; the run must "
+            "get past its first snapshot (checkpoint.every)"
+        )
+    return trainer
+
+
 class _Run:
     def __init__(self, config: RunConfig, world: World, resume: bool) -> None:
         self.config, self.world, self.folder = config, world, Path(config.output)
@@ -54,12 +69,13 @@ class _Run:
         self.trainer = Trainer(config, world)
         if resume and not self.trainer.resume():
             raise UserError(
-                f"--resume latest: {self.trainer.snapshots} holds no usable snapshot; start the run "
-                "without --resume"
+                f"--resume latest: {self.trainer.snapshots} holds no usable snapshot; start the "
+                "run without --resume"
             )
         done = self.trainer.done
-        self.log = MetricsLog(self.folder, resumed=done if resume else None) if world.is_main else None
-        if self.log:
+        self.log: MetricsLog | None = None
+        if world.is_main:
+            self.log = MetricsLog(self.folder, resumed=done if resume else None)
             (self.folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")
         self._spend("load", started)
         self.base: Evaluation | None = None
@@ -106,7 +122,7 @@ class _Run:
             signal.signal(signal.SIGTERM, previous)
 
     def _abandon(self) -> str:
-        """Leave the iteration; its start is saved where the weights still are those of its start."""
+        """Leave the iteration; its start is saved where the weights still are its start's."""
         stage = self.trainer.current
         if self.world.size == 1 and stage in ("sample", "score"):
             self.trainer.save()

@@ -17,7 +17,6 @@ from dancegrpo_fast.advantages import (
     LeafAdvantages,
     RunningRewards,
     best_and_worst,
-    check_credit,
     edge_advantages,
     leaf_advantages,
 )
@@ -25,7 +24,7 @@ from dancegrpo_fast.batching import Update, build_updates, leaf_owners
 from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.losses.gate import forward_settings
-from dancegrpo_fast.models import load_family
+from dancegrpo_fast.models import load_family, load_grid
 from dancegrpo_fast.models.family import Conditions
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.world import World
@@ -33,8 +32,7 @@ from dancegrpo_fast.policy import Policy
 from dancegrpo_fast.rewards import load_rewards
 from dancegrpo_fast.rewards.scoring import score_latents
 from dancegrpo_fast.roles import Role
-from dancegrpo_fast.rollout import draw_trees, held_states, plan_trees
-from dancegrpo_fast.schedules import Schedule, dance_schedule
+from dancegrpo_fast.rollout import draw_trees, held_states, plan_iteration
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
 from dancegrpo_fast.tree import TreePlan
@@ -58,9 +56,12 @@ class Trainer:
         self.rewards = load_rewards(config.rewards)
         self.reward_weights = np.array([reward.weight for reward in config.rewards])
         prompts, group_size = config.data.prompts_per_iteration, config.rollout.group_size
-        self.owner = leaf_owners(prompts, group_size, world.size)
+        try:
+            self.owner = leaf_owners(prompts, group_size, world.size)
+            plan_iteration(config, load_grid(config.model), 0)
+        except ValueError as error:  # The core's own words, before anything large is loaded.
+            raise UserError(str(error)) from error
         self.family = load_family(config.model, world.device)
-        check_credit(self.plan(0), config.advantage.credit)
         self.policy = Policy(
             self.family.modules,
             config.policy,
@@ -104,15 +105,7 @@ class Trainer:
 
     def plan(self, iteration: int) -> TreePlan:
         """The tree of every prompt of an iteration."""
-        key = self.key.fold_in(Role.WINDOW).fold_in(iteration).draw()
-        return plan_trees(self.config.rollout, self.sigma_grid(), key)
-
-    def sigma_grid(self) -> Schedule:
-        """The sigma grid of the recipe."""
-        rollout = self.config.rollout
-        if rollout.schedule == "dance":
-            return dance_schedule(rollout.steps, rollout.shift or 1.0)
-        return self.family.schedule(rollout.steps)
+        return plan_iteration(self.config, self.family.grid, iteration)
 
     def sample(self, plan: TreePlan, conditions: Conditions) -> Trajectories:
         """Draw this rank's part of the trees."""
@@ -128,7 +121,8 @@ class Trainer:
         )
         own = [(int(p), int(g)) for p, g in np.argwhere(self.owner == self.world.rank)]
         held = held_states(plan, own)
-        with self.bar("sample", sum(bool(plan.children[s]) for h in held.values() for s in h)) as bar:
+        count = sum(bool(plan.children[s]) for states in held.values() for s in states)
+        with self.bar("sample", count) as bar:
             return draw_trees(
                 self.family,
                 self.policy.modules,
@@ -181,7 +175,7 @@ class Trainer:
             advantages,
             selected,
             key=self.key.fold_in(Role.SELECTION).fold_in(self.done),
-            modules=self.family.module_names(plan.schedule),
+            modules=self.family.grid.module_names(plan.schedule),
             rank=self.world.rank,
             world_size=self.world.size,
             updates=config.loss.updates,

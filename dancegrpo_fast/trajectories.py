@@ -43,7 +43,7 @@ class Trajectories:
         return self.stack([(p, self.plan.leaves[g]) for p, g in self.leaves])
 
     def keep(self, front: dict[Place, Tensor]) -> None:
-        """Store the states of a level that are read again; the others are freed with their level."""
+        """Store the states of a level that are read again; the others go with their level."""
         for (p, index), latents in front.items():
             kids = self.plan.children[index]
             trained = any(self.plan.states[s].trained for s in (index, *kids))

@@ -51,9 +51,9 @@ class State:
 class Cost:
     """Model evaluations of one prompt, counted on its plan.
 
-    "unshared" counts one evaluation per leaf and step, as trainers without a tree do; "rollout-only"
-    sharing is `rollout + training_unshared`. Training counts every trained edge once (one update,
-    all steps).
+    "unshared" counts one evaluation per leaf and step, as trainers without a tree do; sharing in
+    the rollout only is `rollout + training_unshared`. Training counts every trained edge once (one
+    update, all steps).
     """
 
     rollout: int
@@ -90,7 +90,7 @@ class TreePlan:
 
     @cached_property
     def leaf_edges(self) -> tuple[tuple[int, ...], ...]:
-        """For each leaf, the child states of the trained edges on its way from the root, in order."""
+        """For each leaf, the child states of the trained edges on its way from the root."""
         return tuple(
             tuple(index for index in self.ancestry(leaf) if self.states[index].trained)
             for leaf in self.leaves
@@ -225,8 +225,8 @@ class _Builder:
         plan = TreePlan(self.schedule, tuple(self.states))
         if not any(state.trained for state in plan.states):
             raise ValueError(
-                f"no trained edge in a plan of {self.schedule.steps} steps: the only stochastic step "
-                "is the last; use more steps, or final = 'sample' with train_last = True"
+                f"no trained edge in a plan of {self.schedule.steps} steps: the only stochastic "
+                "step is the last; use more steps, or final = 'sample' with train_last = True"
             )
         return plan
 
@@ -260,7 +260,8 @@ def window(
 ) -> TreePlan:
     """A deterministic trunk that splits into `group_size` chains at step `start`.
 
-    The chains are stochastic for `size` steps and deterministic afterwards (MixGRPO, Flow-GRPO-Fast).
+    The chains are stochastic for `size` steps and deterministic afterwards (MixGRPO,
+    Flow-GRPO-Fast).
     """
     if start < 0 or size < 1 or start + size > schedule.steps:
         raise ValueError(
@@ -288,7 +289,7 @@ def branch_points(
     final: str = "x0",
     train_last: bool = False,
 ) -> TreePlan:
-    """One stochastic chain that splits into `branches` at every step of `branch_steps` (BranchGRPO).
+    """One stochastic chain that splits into `branches` at each of `branch_steps` (BranchGRPO).
 
     `noise_scale` multiplies the noise of the edges made by a split; their log-prob knows of it.
     """
@@ -318,10 +319,10 @@ def trunk_with_branches(
     final: str = "x0",
     train_last: bool = False,
 ) -> TreePlan:
-    """Deterministic trunks with `branches` stochastic children at each trained step (TempFlow-GRPO).
+    """Deterministic trunks with `branches` stochastic children at each of `branch_steps`.
 
-    Every branch goes on deterministically to its leaf. A trunk ends at its last branch step: nothing
-    would use it beyond.
+    Every branch goes on deterministically to its leaf (TempFlow-GRPO). A trunk ends at its last
+    branch step: nothing would use it beyond.
     """
     _check_steps("branch_steps", branch_steps, schedule, final, train_last)
     if branches < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -138,7 +138,7 @@ class Updater:
         return {"gate/max_gap": float(largest.max()), "gate/mean_gap": float(mean.max())}
 
     def _step(self, update: Update) -> list[float]:
-        """Clip and step every trained module, unless a gradient is not finite; returns the norms."""
+        """Clip and step every trained module unless a gradient is not finite; returns norms."""
         limit = self.config.optimizer.max_grad_norm
         norms = [float(self.engine.clip_grad_norm(name, limit)) for name in update.modules]
         if np.isfinite(norms).all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,7 +13,6 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from dancegrpo_fast.ops import native  # noqa: E402
-
 
 _NOT_RUN = "NATIVE TESTS NOT RUN"
 
@@ -24,6 +24,14 @@ def native_module() -> ModuleType:
     if reason is not None:
         pytest.skip(f"{_NOT_RUN}: {reason}")
     return native.module()
+
+
+@pytest.fixture(scope="session")
+def tiny_wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny stock `WanPipeline` folder; tests read it and never write there."""
+    from tiny_models import tiny_wan  # here: the core's tests need no diffusers
+
+    return tiny_wan(tmp_path_factory.mktemp("models") / "wan")
 
 
 @pytest.hookimpl(wrapper=True)

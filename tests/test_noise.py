@@ -370,6 +370,12 @@ def test_out_is_filled_and_decides_dtype(implementation) -> None:
     assert torch.equal(bits(out), bits(expected))
 
 
+def test_default_device_of_torch_does_not_matter(implementation) -> None:
+    with torch.device("meta"):
+        z = normal((8,), DrawKey(0, 0), implementation=implementation)
+    assert z.numpy().view(np.uint32).tolist() == GOLDEN
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

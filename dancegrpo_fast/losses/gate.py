@@ -1,8 +1,8 @@
 """The ratio gate: before the first optimizer step, training must see the rollout's log-probs.
 
 A gap between the two is a ratio that is wrong before anything was learned: another batch shape,
-stale weights, other guidance, a perturbed adapter. The gate measures it on the forwards that update 1
-runs anyway, and stops the run before its step.
+stale weights, other guidance, a perturbed adapter. The gate measures it on the forwards that update
+1 runs anyway, and stops the run before its step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.batching import Call
+from dancegrpo_fast.batching import Call, Item
 from dancegrpo_fast.config import LossConfig, UserError
 from dancegrpo_fast.losses.policy_gradient import recompute_log_prob
 from dancegrpo_fast.models.family import Conditions, Family
@@ -79,17 +79,19 @@ class RatioGate:
         self._max.scatter_reduce_(0, steps, gap, "amax")
         self._sums[0].index_add_(0, steps, gap)
         self._sums[1].index_add_(0, steps, torch.ones_like(gap))
-        self._calls.append((gap.max(), call))
+        self._calls.append((gap, call))
 
     def reduce(self, all_reduce: Callable[[Tensor, str], None]) -> tuple[Tensor, Tensor]:
-        """Maximum and mean gap per step over all ranks, [steps] each (0 where none was measured)."""
+        """Maximum and mean gap per step over all ranks, [steps] each (0 where not measured)."""
         all_reduce(self._max, "max")
         all_reduce(self._sums, "sum")
         return self._max, self._sums[0] / self._sums[1].clamp(min=1)
 
-    def worst(self) -> Call:
-        """This rank's call with the largest gap."""
-        return max(self._calls, key=lambda entry: float(entry[0]))[1]
+    def worst(self) -> tuple[float, Call, Item]:
+        """This rank's largest gap, the call it was measured in, and the state."""
+        gaps, call = max(self._calls, key=lambda entry: float(entry[0].max()))
+        items = [item for item in call.items for _ in item.children]
+        return float(gaps.max()), call, items[int(gaps.argmax())]
 
 
 def gap_report(
@@ -121,7 +123,7 @@ def gap_report(
 
 
 def explain_gap(
-    call: Call,
+    worst: tuple[float, Call, Item],
     drawn: Trajectories,
     conditions: Conditions,
     family: Family,
@@ -130,10 +132,14 @@ def explain_gap(
     batch_size: int,
     limit: float,
 ) -> str:
-    """Re-run the worst call's first state in the rollout's batch shape: is that the reason?"""
+    """Re-run the state of the largest gap in the rollout's batch shape: is that the reason?"""
+    largest, call, item = worst
+    if largest <= limit:
+        return f"this process measured {largest:.2e} at most; the gap is in another one's samples"
     plan = drawn.plan
-    batch = _rollout_batch(drawn, (call.items[0].prompt, call.items[0].state), batch_size)
-    fan = Fan.of(batch, [[c for c in plan.children[s] if (p, c) in drawn.log_prob] for p, s in batch])
+    batch = _rollout_batch(drawn, (item.prompt, item.state), batch_size)
+    drawn_children = [[c for c in plan.children[s] if (p, c) in drawn.log_prob] for p, s in batch]
+    fan = Fan.of(batch, drawn_children)
     new = recompute_log_prob(fan, drawn, conditions, family, policy.modules[call.module])
     gaps = (drawn.recorded_log_prob(fan.edges) - new).abs().nan_to_num(nan=torch.inf)
     gap = float(gaps.max())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from dancegrpo_fast.config import ModelConfig
-from dancegrpo_fast.models.family import Conditions, Family
-from dancegrpo_fast.models.wan import WanFamily
+from dancegrpo_fast.models.family import Conditions, Family, Grid, read_grid
+from dancegrpo_fast.models.wan import NETWORKS, WanFamily
 
 FAMILIES = {"wan": WanFamily}
 
@@ -16,4 +16,9 @@ def load_family(config: ModelConfig, device: torch.device) -> Family:
     return FAMILIES[config.family](config, device)
 
 
-__all__ = ["FAMILIES", "Conditions", "Family", "load_family"]
+def load_grid(config: ModelConfig) -> Grid:
+    """Only the sigma grid and the networks' names of `config.path`: no weights are read."""
+    return read_grid(config, NETWORKS, "WanPipeline")
+
+
+__all__ = ["FAMILIES", "Conditions", "Family", "Grid", "load_family", "load_grid"]

@@ -1,12 +1,14 @@
 """What the trainer asks of a model family, and what families share.
 
 A family is our file for one diffusers model family: it loads a pipeline folder and answers a dozen
-questions about it. Latents are canonical [B, C, F, H, W] everywhere outside a family's network call.
+questions about it. Latents are canonical [B, C, F, H, W] everywhere outside a family's network
+call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast.config import UserError
-from dancegrpo_fast.schedules import Schedule
+from dancegrpo_fast.config import ModelConfig, RolloutConfig, UserError
+from dancegrpo_fast.schedules import Schedule, dance_schedule, from_scheduler
 from dancegrpo_fast.trajectories import Place
 from dancegrpo_fast.tree import TreePlan
 
@@ -43,6 +45,7 @@ class Family(Protocol):
     """One diffusers model family, loaded from a pipeline folder."""
 
     pipeline: Any
+    grid: Grid
     device: torch.device
     guidance: float
     lora_targets: list[str]
@@ -51,10 +54,6 @@ class Family(Protocol):
 
     @property
     def modules(self) -> dict[str, nn.Module]: ...
-
-    def schedule(self, steps: int) -> Schedule: ...
-
-    def module_names(self, schedule: Schedule) -> tuple[str, ...]: ...
 
     def encode(self, prompts: Sequence[str]) -> Conditions: ...
 
@@ -90,21 +89,63 @@ def evaluate(
     )
 
 
-def pipeline_folder(path: str, pipeline_classes: Mapping[str, Any]) -> str:
-    """The class name of the diffusers pipeline in a folder, checked before anything is loaded."""
-    import json
+@dataclass(frozen=True)
+class Grid:
+    """Which points a pipeline folder's sampler visits and which network runs there; no weights.
 
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
+    Attributes:
+        scheduler: The folder's diffusers scheduler.
+        networks: Names of its networks, high noise first.
+        boundary_ratio: Where the second takes over (a share of the training timesteps), or None.
+    """
+
+    scheduler: Any
+    networks: tuple[str, ...]
+    boundary_ratio: float | None = None
+
+    def schedule(self, rollout: RolloutConfig) -> Schedule:
+        """The sigma grid of a recipe."""
+        if rollout.schedule == "dance":
+            assert rollout.shift is not None
+            return dance_schedule(rollout.steps, rollout.shift)
+        return from_scheduler(self.scheduler, rollout.steps)
+
+    def module_names(self, schedule: Schedule) -> tuple[str, ...]:
+        """[steps] name of the network of each step; the boundary is tested on the timestep."""
+        if self.boundary_ratio is None:
+            return self.networks[:1] * schedule.steps
+        boundary = self.boundary_ratio * self.scheduler.config.num_train_timesteps
+        return tuple(self.networks[0 if t >= boundary else 1] for t in schedule.timesteps)
+
+
+def read_grid(config: ModelConfig, networks: tuple[str, ...], *classes: str) -> Grid:
+    """Read a pipeline folder's index and scheduler, checked before anything is loaded.
+
+    Args:
+        config: Names the folder.
+        networks: Names of the networks the family trains, high noise first.
+        classes: diffusers pipeline classes the family loads.
+    """
+    import diffusers
+
+    path = config.path
+    file = Path(path) / "model_index.json"
+    if not file.is_file():
         state = "has no model_index.json" if Path(path).is_dir() else "does not exist"
         raise UserError(
             f"model.path = {path!r}: this folder {state}; give the folder of a diffusers pipeline "
             "(one written by save_pretrained or a hub download)"
         )
-    name = json.loads(index.read_text()).get("_class_name")
-    if name not in pipeline_classes:
+    index = json.loads(file.read_text(encoding="utf-8"))
+    if index.get("_class_name") not in classes:
         raise UserError(
-            f"model.path = {path!r}: it holds a {name}, and this family loads "
-            f"{', '.join(pipeline_classes)}; choose the matching model.family"
+            f"model.path = {path!r}: it holds a {index.get('_class_name')}, and model.family = "
+            f"{config.family} loads {', '.join(classes)}; choose the matching family"
         )
-    return name
+    scheduler = getattr(diffusers, index["scheduler"][1])
+    present = tuple(name for name in networks if index.get(name, [None])[0] is not None)
+    return Grid(
+        scheduler.from_pretrained(path, subfolder="scheduler", local_files_only=True),
+        present,
+        index.get("boundary_ratio"),
+    )

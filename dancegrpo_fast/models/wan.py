@@ -14,20 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from dancegrpo_fast.config import ModelConfig, UserError
-from dancegrpo_fast.models.family import DTYPES, Conditions, pipeline_folder
-from dancegrpo_fast.schedules import Schedule, from_scheduler
+from dancegrpo_fast.models.family import DTYPES, Conditions, read_grid
+
+NETWORKS = ("transformer", "transformer_2")
 
 
 class WanFamily:
     """A stock diffusers `WanPipeline` folder."""
 
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    action_box = None
+    action_box: tuple[tuple[int, int], ...] | None = None
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        from diffusers import WanPipeline
-
-        pipeline_folder(config.path, {"WanPipeline": WanPipeline})
+        self.grid = read_grid(config, NETWORKS, "WanPipeline")
         self.config = config
         self.device = device
         self.guidance = config.guidance
@@ -44,7 +43,7 @@ class WanFamily:
 
     def _latent_shape(self) -> tuple[int, ...]:
         config, pipe = self.config, self.pipeline
-        patch = self.modules[next(iter(self.modules))].config.patch_size
+        patch = getattr(pipe, self.grid.networks[0]).config.patch_size
         for field, side, factor in (
             ("height", config.height, pipe.vae_scale_factor_spatial * patch[1]),
             ("width", config.width, pipe.vae_scale_factor_spatial * patch[2]),
@@ -66,22 +65,7 @@ class WanFamily:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The high-noise (or only) transformer, then the low-noise one."""
-        both = {name: getattr(self.pipeline, name) for name in ("transformer", "transformer_2")}
-        return {name: module for name, module in both.items() if module is not None}
-
-    def schedule(self, steps: int) -> Schedule:
-        """The sigma grid of the folder's own scheduler."""
-        return from_scheduler(self.pipeline.scheduler, steps)
-
-    def module_names(self, schedule: Schedule) -> tuple[str, ...]:
-        """Which transformer runs each step; the boundary is tested on the shifted timestep."""
-        ratio = self.pipeline.config.boundary_ratio
-        if ratio is None:
-            return (next(iter(self.modules)),) * schedule.steps
-        boundary = ratio * self.pipeline.scheduler.config.num_train_timesteps
-        return tuple(
-            "transformer" if t >= boundary else "transformer_2" for t in schedule.timesteps
-        )
+        return {name: getattr(self.pipeline, name) for name in self.grid.networks}
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditions:
@@ -156,7 +140,7 @@ class WanFamily:
         ).frames.float()
 
     def stock_pipeline(self, exported: Path | None, train: str) -> Any:
-        """A stock pipeline as a user loads it: the base (None), or what `checkpoint.export` wrote."""
+        """A stock pipeline as a user loads it: the base (None), or what was exported."""
         from diffusers import WanPipeline
 
         whole = exported is not None and train == "full"

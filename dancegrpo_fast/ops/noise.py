@@ -259,11 +259,10 @@ def normal_batch(
     size = (len(table), *(stop - start for start, stop in box))
     dtype, device = _resolve_target(dtype, device, out, size)
     direct = device.type == "cpu"
-    if direct:
-        host = torch.empty(size, dtype=dtype) if out is None else out
-    else:
+    if not direct:
         _warn_once(f"noise for {device.type} is drawn on the CPU and copied: no kernel for it yet")
-        host = torch.empty(size, dtype=dtype)
+    # The device is named because torch's default device may be another one.
+    host = out if direct and out is not None else torch.empty(size, dtype=dtype, device="cpu")
     if host.numel():
         _fill(host, table, collapse(shape, box), name)
     if direct:
@@ -328,7 +327,11 @@ def _resolve_target(
             raise ValueError(
                 f"out = {list(out.shape)}, strides {out.stride()}: must be contiguous {list(size)}"
             )
-        if dtype not in (None, out.dtype) or (where is not None and where != out.device):
+        agrees = where is None or (where.type, where.index or 0) == (
+            out.device.type,
+            out.device.index or 0,
+        )
+        if dtype not in (None, out.dtype) or not agrees:
             raise ValueError(
                 f"out is {out.dtype} on {out.device}, but dtype = {dtype}, device = {device}: "
                 "leave them out or make them agree"

@@ -44,7 +44,7 @@ class Replicated:
 
     @torch.no_grad()
     def clip_grad_norm(self, name: str, max_norm: float) -> Tensor:
-        """Scale a module's gradients to `max_norm`; returns the norm before, equal on every rank."""
+        """Scale a module's gradients to `max_norm`; returns the norm before, equal on ranks."""
         return nn.utils.clip_grad_norm_(self.modules[name].parameters(), max_norm)
 
 

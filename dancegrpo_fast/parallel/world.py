@@ -57,7 +57,7 @@ class World:
         """The one exchange of samples' worth: rewards [P, G, R] float32 from every rank's leaves.
 
         Args:
-            own: [n, R] float32, NaN where a reward failed, of this rank's leaves in canonical order.
+            own: [n, R] float32, NaN where a reward failed, of this rank's leaves in order.
             owner: [P, G] rank of each leaf.
         """
         prompts, group_size = owner.shape

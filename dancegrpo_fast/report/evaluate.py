@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ class Evaluation:
     def save(self, path: Path) -> None:
         """Write a `.npz` without pickles."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **{name: np.array(value) for name, value in vars(self).items()})
+        arrays: dict[str, Any] = {name: np.array(value) for name, value in vars(self).items()}
+        np.savez_compressed(path, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
@@ -99,13 +101,11 @@ def evaluate(
         device: Where latents are needed.
         progress: Called with the number of samples after each batch.
     """
-    root = NoiseKey.from_seed(config.seed).fold_in(Role.EVALUATION)
     jobs = [(p, s) for s in range(config.seeds) for p in range(len(prompts))]
     videos: list[Tensor] = []
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
-        keys = keys_table([root.fold_in(p).fold_in(s).draw() for p, s in batch])
-        latents = normal_batch(tuple(latent_shape), keys, device=device)
+        latents = initial_latents(config, batch, latent_shape, device)
         drawn = draw([prompts[p] for p, _ in batch], latents)
         videos += list((drawn * 255).round().to(torch.uint8).cpu())
         progress(len(batch))
@@ -124,6 +124,18 @@ def evaluate(
         _distances(stacked),
         stacked[0].numpy(),
     )
+
+
+def initial_latents(
+    config: EvaluationConfig,
+    jobs: Sequence[tuple[int, int]],
+    latent_shape: Sequence[int],
+    device: torch.device,
+) -> Tensor:
+    """The fixed noise [n, C, F, H, W] of some (prompt position, seed) pairs."""
+    root = NoiseKey.from_seed(config.seed).fold_in(Role.EVALUATION)
+    keys = keys_table([root.fold_in(p).fold_in(s).draw() for p, s in jobs])
+    return normal_batch(tuple(latent_shape), keys, device=device)
 
 
 def _parts(

@@ -132,7 +132,7 @@ def reward_curve(curve: Sequence[CurvePoint]) -> str:
     style = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif"}
     style |= {"font.size": "11", "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink}
     style |= {"xtick.color": ink, "ytick.color": ink}
-    with rc_context(style):  # type: ignore[arg-type]
+    with rc_context(style):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         axes = figure.add_subplot()
         if training:

@@ -91,7 +91,7 @@ def write_summary(outcome: Outcome, folder: Path) -> Path:
 
 
 def write_report(outcome: Outcome, folder: Path) -> Path:
-    """Write the page: curve, clips side by side, times, hashes and the lines that load the result."""
+    """Write the page: curve, clips side by side, times, hashes, and how to load the result."""
     total = outcome.difference()
     names = [reward.name for reward in outcome.config.rewards if reward.weight]
     measures = [
