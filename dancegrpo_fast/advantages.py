@@ -25,7 +25,7 @@ class LeafAdvantages:
     Attributes:
         values: [P, G, C] float64, clamped; 0 for invalid samples. C is the number of rewards for
             `combine = loss`, else 1.
-        weights: [C] weight of each separately clipped objective.
+        weights: [C] weight of each separately clipped objective, positive.
         valid: [P, G] bool; False where a reward of non-zero weight failed.
         zero_variance: share of groups whose rewards do not differ (they carry no signal).
     """
@@ -173,12 +173,13 @@ def best_and_worst(advantages: LeafAdvantages, count: int) -> Array:
 
 
 def _columns(rewards: Array, weights: Array, combine: str) -> tuple[Array, Array]:
-    """The reward columns that are normalised: their weighted sum, or each of non-zero weight."""
+    """What is normalised, more being better: the weighted sum, or each column of non-zero weight."""
     used = rewards[..., weights != 0].astype(np.float64)
     kept = weights[weights != 0].astype(np.float64)
     if combine == "reward":
         return (used @ kept)[..., None], np.ones(1)
-    return used, kept
+    # A weight's sign belongs to its advantage: a negated loss would clip on the wrong sides.
+    return used * np.sign(kept), np.abs(kept)
 
 
 def _combine(values: Array, weights: Array, config: AdvantageConfig) -> tuple[Array, Array]:
@@ -193,7 +194,7 @@ def _normalise(
     """(values - mean) / (std + eps), 0 for NaN; and whether the spread is too small to count."""
     mean_of, std_of = mean_of[np.isfinite(mean_of)], std_of[np.isfinite(std_of)]
     ddof = 1 if config.std == "unbiased" else 0
-    if len(std_of) <= ddof:
+    if len(std_of) <= ddof or not len(mean_of):
         return np.zeros(values.shape), True
     std = std_of.std(ddof=ddof)
     # Relative to the rewards' size: rounding alone makes equal rewards differ in the last bits.

@@ -93,16 +93,18 @@ def save(folder: Path, snapshot: Snapshot, world: World, keep: int) -> None:
 def load(folder: Path, tensors: dict[str, Tensor], world: World) -> Snapshot | None:
     """Load the newest undamaged snapshot into `tensors`; None if there is none."""
     for candidate in reversed(_complete(folder)):
-        manifest = json.loads((candidate / _MANIFEST).read_text())
-        if damage := _damage(candidate, manifest):
+        manifest, damage = _check(candidate)
+        if damage:
             logger.warning("snapshot %s is damaged (%s); trying the one before", candidate, damage)
             continue
-        stored = set(dcp.FileSystemReader(str(candidate)).read_metadata().state_dict_metadata)
-        if missing := sorted(stored.symmetric_difference(tensors)):
+        metadata = dcp.FileSystemReader(str(candidate)).read_metadata().state_dict_metadata
+        stored = {name: getattr(entry, "size", None) for name, entry in metadata.items()}
+        own = {name: tensor.shape for name, tensor in tensors.items()}
+        if differing := sorted(n for n in stored | own if stored.get(n) != own.get(n)):
             raise UserError(
                 f"--resume: snapshot {candidate} holds other tensors than this configuration "
-                f"({missing[0]} and {len(missing) - 1} more differ); resume with the recipe it was "
-                "made with, or start in another output folder"
+                f"({differing[0]} and {len(differing) - 1} more differ); resume with the recipe it "
+                "was made with, or start in another output folder"
             )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a.*")
@@ -140,10 +142,17 @@ def file_hash(path: Path) -> str:
 
 
 def weights_hash(folder: Path) -> str:
-    """One SHA-256 over a folder's safetensors files (names and contents)."""
+    """One SHA-256 over the tensors of a folder's safetensors files: names, shapes, types, bytes."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(f"{path.relative_to(folder)} {file_hash(path)}\n".encode())
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            # Free text, which safetensors writes in an order that differs from run to run.
+            header.pop("__metadata__", None)
+            tensors = json.dumps(header, sort_keys=True)
+            digest.update(f"{path.relative_to(folder)} {tensors}".encode())
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -151,12 +160,17 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"iteration-??????/{_MANIFEST}"))
 
 
-def _damage(candidate: Path, manifest: dict[str, Any]) -> str:
-    """What is wrong with a snapshot's files, or nothing."""
-    for name, expected in manifest["files"].items():
+def _check(candidate: Path) -> tuple[dict[str, Any], str]:
+    """A snapshot's manifest, and what is wrong with its files (or nothing)."""
+    try:
+        manifest = json.loads((candidate / _MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except (ValueError, KeyError) as error:
+        return {}, f"{_MANIFEST} cannot be read: {error}"
+    for name, expected in files.items():
         path = candidate / name
         if not path.is_file():
-            return f"{name} is missing"
+            return manifest, f"{name} is missing"
         if path.stat().st_size != expected["bytes"] or file_hash(path) != expected["sha256"]:
-            return f"{name} differs from what was written"
-    return ""
+            return manifest, f"{name} differs from what was written"
+    return manifest, ""

@@ -68,10 +68,15 @@ class _Run:
         started = time.perf_counter()
         self.trainer = Trainer(config, world)
         if resume and not self.trainer.resume():
-            raise UserError(
-                f"--resume latest: {self.trainer.snapshots} holds no usable snapshot; start the "
-                "run without --resume"
-            )
+            begun = (self.folder / "metrics.jsonl").is_file()
+            if not begun or any(self.trainer.snapshots.glob("iteration-??????")):
+                raise UserError(
+                    f"--resume latest: {self.trainer.snapshots} holds no usable snapshot; start "
+                    "the run without --resume"
+                    + (" in another output folder" if begun else "")
+                )
+            # Stopped before its first snapshot: nothing else could ever continue this folder.
+            logger.warning("%s: no snapshot yet, starting at iteration 0", self.folder)
         done = self.trainer.done
         self.log: MetricsLog | None = None
         if world.is_main:

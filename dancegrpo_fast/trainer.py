@@ -153,6 +153,7 @@ class Trainer:
         rewards = self.world.gather_rewards(own.values, self.owner)
         for column, reward in enumerate(self.config.rewards):
             if reward.weight and not np.isfinite(rewards[..., column]).any():
+                self.save()  # Every rank holds the same rewards: all of them come here.
                 raise UserError(
                     f"rewards.{column}.name = {reward.name!r}: all {self.owner.size} samples of "
                     f"iteration {self.done} failed ({own.first_error or 'it returned NaN'}); the "

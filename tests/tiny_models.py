@@ -20,8 +20,8 @@ PROMPTS = ("a red square", "a blue dot", "two green lines", "a fail")
 def tiny_wan(folder: Path, *, experts: int = 1, boundary: float = 0.875, seed: int = 0) -> Path:
     """Save a `WanPipeline` of some 10k parameters: one transformer, or Wan2.2's two.
 
-    Four latent channels with a mean and deviation of their own, 4 x 8 x compression as in Wan, and
-    a tokenizer of single characters.
+    Four latent channels with a mean and deviation of their own, compressed 2 times in time and 4
+    in space; a tokenizer of single characters.
     """
     from diffusers import (
         AutoencoderKLWan,
@@ -49,7 +49,7 @@ def tiny_wan(folder: Path, *, experts: int = 1, boundary: float = 0.875, seed: i
         )  # fmt: skip
         vae = AutoencoderKLWan(
             base_dim=4, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1,
-            temperal_downsample=[False, True],
+            temperal_downsample=[False, True], scale_factor_temporal=2, scale_factor_spatial=4,
             latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 1.0, 2.0],
         )  # fmt: skip
         # At random weights all samples are the same grey; rewards of the size of rounding errors

@@ -72,13 +72,17 @@ class RatioGate:
         old = drawn.recorded_log_prob(Fan.of_call(call).edges)
         # A NaN is an infinite gap: MAX over ranks would otherwise lose it.
         gap = (old - log_prob).abs().float().nan_to_num(nan=torch.inf)
+        # Work of zero weight trains nothing; it may even be another expert's state.
+        weights = [float(weight) for item in call.items for weight in item.weights]
+        counted = (torch.tensor(weights, device=gap.device) > 0).float()
+        gap = torch.where(counted > 0, gap, 0.0)
         steps = torch.tensor(
             [drawn.plan.states[item.state].step for item in call.items for _ in item.children],
             device=gap.device,
         )
         self._max.scatter_reduce_(0, steps, gap, "amax")
         self._sums[0].index_add_(0, steps, gap)
-        self._sums[1].index_add_(0, steps, torch.ones_like(gap))
+        self._sums[1].index_add_(0, steps, counted)
         self._calls.append((gap, call))
 
     def reduce(self, all_reduce: Callable[[Tensor, str], None]) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,8 @@
 """The engine for small models: every process holds the whole module, gradients are summed."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: DDP compares a hook's annotations with the classes.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +46,7 @@ class Replicated:
         return nn.utils.clip_grad_norm_(self.modules[name].parameters(), max_norm)
 
 
-def _sum_hook(state: None, bucket: Any) -> torch.futures.Future[Tensor]:
+def _sum_hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Replaces DDP's average by a sum: an average rounds when the size is no power of two."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])

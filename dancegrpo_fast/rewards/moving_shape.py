@@ -134,6 +134,7 @@ class MovingShape:
     """
 
     name = "moving_shape"
+    part_names = ("colour", "direction", "shape")
 
     #: Full speed credit from this displacement per frame, in widths (about 1 pixel of 32).
     min_speed = 0.03

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dancegrpo_fast.config import UserError
 from dancegrpo_fast.rewards import Reward
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def score_latents(
                 first_error = first_error or problem
                 column = torch.full((len(texts),), torch.nan)
             if column.shape != (len(texts),):
-                raise ValueError(
+                raise UserError(
                     f"reward {reward.name} returned shape {tuple(column.shape)} for {len(texts)} "
                     f"samples; it must return [{len(texts)}]"
                 )

@@ -49,10 +49,13 @@ def split_prompts(seed: int = 0) -> tuple[list[str], list[str]]:
     Shape s moving in direction d is held out for the colours c with (c + s + d + seed) mod 3 = 0:
     a Latin square, so no word and no pair of words is rarer in one file than in the other.
     """
-    train, held_out = [], []
-    for c, s, d in itertools.product(range(len(COLOURS)), range(len(SHAPES)), range(len(DIRECTIONS))):
-        prompt = str(Scene(list(COLOURS)[c], SHAPES[s], list(DIRECTIONS)[d]))
-        (held_out if (c + s + d + seed) % 3 == 0 else train).append(prompt)
+    train: list[str] = []
+    held_out: list[str] = []
+    for c, colour in enumerate(COLOURS):
+        for s, shape in enumerate(SHAPES):
+            for d, direction in enumerate(DIRECTIONS):
+                chosen = held_out if (c + s + d + seed) % 3 == 0 else train
+                chosen.append(str(Scene(colour, shape, direction)))
     assert len(held_out) == HELD_OUT
     return train, held_out
 
@@ -92,17 +95,13 @@ def _start(travel: Tensor, before: Tensor, after: Tensor, u: Tensor) -> Tensor:
 
 def main() -> None:
     """Writes `train_prompts.txt` and `heldout_prompts.txt`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_formatter())
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="which third is held out")
     args = parser.parse_args()
     train, held_out = split_prompts(args.seed)
     for name, prompts in (("train_prompts.txt", train), ("heldout_prompts.txt", held_out)):
         (args.out / name).write_text("\n".join(prompts) + "\n", encoding="utf-8")
-
-
-def _formatter() -> type[argparse.HelpFormatter]:
-    return argparse.RawDescriptionHelpFormatter
 
 
 if __name__ == "__main__":

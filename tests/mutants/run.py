@@ -122,7 +122,7 @@ class Copy:
             return Result("hung", f"over {LIMIT_SECONDS} s", time.perf_counter() - started)
         # Only 1 means "tests ran and some failed"; the others are a copy in which none could run.
         outcome = {0: "green", 1: "red"}.get(done.returncode, "broken")
-        failed = re.search(r"^(?:FAILED|ERROR) \S*?([^/\s]+)", done.stdout, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) \S*::(\w+)", done.stdout, re.MULTILINE)
         detail = failed.group(1) if failed else done.stdout.strip().split("\n")[-1]
         return Result(outcome, detail, time.perf_counter() - started)
 

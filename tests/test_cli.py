@@ -1,0 +1,217 @@
+"""The commands, from a recipe to weights that a stock pipeline loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import WanPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import tiny_recipe
+
+from dancegrpo_fast.checkpoint import weights_hash
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.config import load_config
+
+HELD_OUT = ["a red dot", "a green dot", "a blue dot"]
+
+
+def write_recipe(folder: Path, model: Path, overrides=()) -> Path:
+    recipe = tiny_recipe(folder, model, dict(overrides))
+    (folder / "held_out.txt").write_text("\n".join(HELD_OUT))
+    file = folder / "r.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_wan_folder) -> Path:
+    """A LoRA run with held-out prompts and an average, trained through the command."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("finished")
+    overrides = {
+        "iterations": 3, "policy.train": "lora", "policy.ema_decay": 0.9, "checkpoint.every": 2,
+        "evaluation.prompts": str(folder / "held_out.txt"), "evaluation.every": 2,
+        "optimizer.learning_rate": 0.01,
+    }  # fmt: skip
+    recipe = write_recipe(folder, tiny_wan_folder, overrides)
+    assert main(["train", str(recipe)]) == 0
+    return folder
+
+
+def test_train_writes_what_it_promises(finished, tiny_wan_folder):
+    run = finished / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["iteration"] for line in lines if "evaluation/reward" in line]
+    trained = [line["iteration"] for line in lines if "reward/mean" in line]
+    assert (held_out, trained) == ([0, 2, 3], [1, 2, 3])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["iterations"] == 3 and summary["prompts"] == 3
+    curve = {line["iteration"]: line for line in lines if "evaluation/reward" in line}
+    assert summary["reward"]["base"] == pytest.approx(curve[0]["evaluation/reward"])
+    assert summary["reward"]["trained"] == pytest.approx(curve[3]["evaluation/reward"])
+    difference = summary["reward"]["trained"] - summary["reward"]["base"]
+    assert summary["reward"]["gain"] == pytest.approx(difference) and difference != 0
+    assert summary["weights_sha256"] == {
+        "base": weights_hash(tiny_wan_folder), "trained": weights_hash(run / "final")
+    }  # fmt: skip
+    assert {"sample", "score", "update", "evaluate"} <= summary["seconds"].keys()
+    page = (run / "report.html").read_text()
+    assert "http" not in page.replace("http://www.w3.org", "") or "src=\"http" not in page
+    assert HELD_OUT[0] in page and "load_lora_weights" in page
+    assert load_config(run / "recipe.yaml", []) == load_config(finished / "r.yaml", [])
+    assert sorted(p.name for p in (run / "snapshots").iterdir()) == [
+        "iteration-000002", "iteration-000003"
+    ]  # fmt: skip
+    pipeline = WanPipeline.from_pretrained(tiny_wan_folder)
+    pipeline.load_lora_weights(run / "final")
+    assert pipeline.get_active_adapters()
+
+
+def test_report_line_is_printed(tmp_path, tiny_wan_folder, capsys):
+    overrides = {"iterations": 1, "evaluation.prompts": str(tmp_path / "held_out.txt")}
+    recipe = write_recipe(tmp_path, tiny_wan_folder, overrides)
+    assert main(["train", str(recipe)]) == 0
+    assert capsys.readouterr().out.strip().endswith(f"report: {tmp_path / 'run' / 'report.html'}")
+
+
+def test_print_config_round_trips(tmp_path, tiny_wan_folder, capsys):
+    recipe = write_recipe(tmp_path, tiny_wan_folder)
+    override = "rollout.tree={kind: window, window_size: 2}"
+    assert main(["train", str(recipe), override, "--print-config"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed, []) == load_config(recipe, [override])
+    assert main(["train", str(printed), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed.read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_writes_the_snapshot(finished, tmp_path, capsys):
+    """The averaged weights of the newest snapshot: those that the end of the run exported."""
+    out = tmp_path / "out"
+    assert main(["export", str(finished / "run"), str(out)]) == 0
+    assert weights_hash(out) == weights_hash(finished / "run" / "final")
+    printed = capsys.readouterr().out
+    assert "iteration 3 of" in printed and f"load_lora_weights('{out}')" in printed
+    (file,) = out.glob("*.safetensors")
+    assert any(value.any() for name, value in load_file(file).items() if "lora_B" in name)
+    assert main(["export", str(finished / "run"), str(out)]) == 2
+    assert f"OUT = '{out}': is not empty; name a new folder" in capsys.readouterr().err
+
+
+def frames_of(file: Path) -> list[bytes]:
+    with Image.open(file) as gif:
+        frames = []
+        for number in range(gif.n_frames):
+            gif.seek(number)
+            frames.append(gif.convert("RGB").tobytes())
+    return frames
+
+
+def test_sample_draws_a_run_and_its_base(finished, tmp_path, capsys):
+    """Same noise: the clips differ by the training alone, and not from one draw to the next."""
+    prompts = ["--prompt", "a red dot", "--prompt", "a blue dot", "--seeds", "2"]
+    clips = {}
+    for name, source in {
+        "run": finished / "run", "again": finished / "run", "base": finished / "r.yaml",
+    }.items():  # fmt: skip
+        assert main(["sample", str(source), *prompts, "--out", str(tmp_path / name)]) == 0
+        assert f"4 samples in {tmp_path / name}" in capsys.readouterr().out
+        clips[name] = {f.name: frames_of(f) for f in sorted((tmp_path / name).iterdir())}
+    assert list(clips["run"]) == [
+        "0000_a_red_dot_seed0.gif", "0000_a_red_dot_seed1.gif",
+        "0001_a_blue_dot_seed0.gif", "0001_a_blue_dot_seed1.gif",
+    ]  # fmt: skip
+    assert clips["run"] == clips["again"]
+    assert all(clips["run"][name] != clips["base"][name] for name in clips["run"])
+    assert len({str(frames) for frames in clips["run"].values()}) == 4
+
+
+def test_sample_and_export_refuse_what_is_no_run(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for arguments in (
+        ["export", str(tmp_path / "empty"), str(tmp_path / "out")],
+        ["sample", str(tmp_path / "empty"), "--prompt", "x", "--out", str(tmp_path / "out")],
+    ):
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.strip().split("\n")
+        assert "holds no recipe.yaml; give the folder of a run" in line
+    assert main(["sample", str(tmp_path / "empty"), "--out", "x"]) == 2
+    assert "one of the arguments --prompt --prompts is required" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def plan_lines(capsys, *arguments: str) -> list[str]:
+    capsys.readouterr()
+    assert main(["plan", *arguments]) == 0
+    return capsys.readouterr().out.strip().split("\n")
+
+
+def test_plan_prints_the_tree_and_its_cost(tmp_path, tiny_wan_folder, capsys):
+    """Counted by hand: two prompts, a window of steps 1 and 2 out of four, four leaves."""
+    recipe = str(write_recipe(tmp_path, tiny_wan_folder))
+    tree = "rollout.tree={kind: window, window_size: 2, window_start: 1}"
+    lines = plan_lines(capsys, recipe, tree)
+    rows = [line.split() for line in lines]
+    states = [row[4] for row in rows[1:5]]
+    assert states == ["1", "1", "4", "4"]
+    edges = [" ".join(row[5:]) for row in rows[1:5]]
+    assert edges == [
+        "1 ode", "4 sde trained (up to 4 children a state)", "4 sde trained", "4 x0",
+    ]  # fmt: skip
+    assert "4 leaves a prompt" in lines
+    counts = {line[:22].strip(): line[22:].split() for line in lines}
+    # shared: 1 + 1 + 4 + 4 and 1 + 4 evaluations; unshared: 4 leaves x 4 steps and x 2 trained
+    assert counts["shared (what runs)"] == ["20", "10"]
+    assert counts["rollout shared only"] == ["20", "16"]
+    assert counts["nothing shared"] == ["32", "16"]
+    guided = plan_lines(capsys, recipe, tree, "model.guidance=3")
+    assert any(line.split()[-2:] == ["40", "20"] for line in guided)
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_of_a_drawn_window_differs_by_iteration(tmp_path, tiny_wan_folder, capsys):
+    recipe = str(write_recipe(tmp_path, tiny_wan_folder))
+    tree = "rollout.tree={kind: window, window_size: 1}"
+    drawn = [plan_lines(capsys, recipe, tree, "--iteration", str(i)) for i in range(12)]
+    assert 1 < len({tuple(lines) for lines in drawn}) <= 3
+    assert drawn[0] == plan_lines(capsys, recipe, tree)
+
+
+def test_help_of_every_command(capsys):
+    for command in ("train", "sample", "plan", "export", "doctor"):
+        with pytest.raises(SystemExit) as left:
+            main([command, "--help"])
+        assert left.value.code == 0
+        assert f"dancegrpo-fast {command}" in capsys.readouterr().out
+
+
+def test_exit_codes_of_the_process(tmp_path):
+    """0, 2, and 1 with a traceback for a defect, as the shell sees them."""
+    script = (
+        "import sys, dancegrpo_fast.config as c\n"
+        "from dancegrpo_fast.cli import main\n"
+        "if sys.argv[1] == 'defect':\n"
+        "    def load_config(*a): raise RuntimeError('a defect')\n"
+        "    c.load_config = load_config\n"
+        "sys.exit(main(sys.argv[2:]))\n"
+    )
+
+    def shell(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+
+    assert shell("as is", "--help").returncode == 0
+    mistaken = shell("as is", "train", str(tmp_path / "gone.yaml"))
+    assert mistaken.returncode == 2 and "Traceback" not in mistaken.stderr
+    defect = shell("defect", "train", "r.yaml")
+    assert defect.returncode == 1 and "RuntimeError: a defect" in defect.stderr

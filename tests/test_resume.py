@@ -1,0 +1,256 @@
+"""Snapshots: 2N iterations are N, a resume, and N, bit for bit; damage and signals are survived."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_models import CPU, tiny_config, tiny_recipe
+
+from dancegrpo_fast import checkpoint
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.config import Interrupted, RunConfig, UserError
+from dancegrpo_fast.run import train
+from dancegrpo_fast.trainer import Trainer
+
+WINDOW = {"rollout.tree.kind": "window", "rollout.tree.window_size": 2}
+RUNNING = {"advantage.scope": "running", "advantage.running_window": 20}
+EVERY = {"checkpoint.every": 1, "policy.ema_decay": 0.9}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def state_of(config: RunConfig) -> tuple[dict[str, torch.Tensor], dict]:
+    """Everything that the newest snapshot holds."""
+    trainer = Trainer(config, CPU)
+    assert trainer.resume()
+    tensors = checkpoint.collect(trainer.policy, trainer.updater.optimizers)
+    extra = {
+        "done": trainer.done,
+        "ema_updates": trainer.policy.ema_updates,
+        "running": {prompt: list(map(tuple, h)) for prompt, h in trainer.running.history.items()},
+    }
+    return {name: value.clone() for name, value in tensors.items()}, extra
+
+
+def metrics_of(config: RunConfig) -> list[dict]:
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same_run(first: RunConfig, second: RunConfig) -> None:
+    tensors, extra = state_of(first)
+    other, other_extra = state_of(second)
+    assert extra == other_extra
+    assert {name.split(".")[0] for name in tensors} == {"weights", "optimizer", "ema"}
+    assert tensors.keys() == other.keys()
+    for name, value in tensors.items():
+        assert torch.equal(value, other[name]), name
+    assert metrics_of(first) == metrics_of(second)
+    assert len(metrics_of(first)) == first.iterations
+    assert checkpoint.weights_hash(Path(first.output) / "final") == checkpoint.weights_hash(
+        Path(second.output) / "final"
+    )
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_resumed_run_is_the_whole_run(tmp_path, tiny_wan_folder, trained):
+    """With reward history (its window overflows), drawn windows, two updates and an average."""
+    overrides = EVERY | WINDOW | RUNNING | {
+        "policy.train": trained, "loss.updates": 2, "iterations": 4,
+        "data.prompts_per_iteration": 3,
+    }  # fmt: skip
+    whole = tiny_config(tmp_path / "whole", tiny_wan_folder, overrides)
+    train(whole)
+    half = tiny_config(tmp_path / "half", tiny_wan_folder, overrides | {"iterations": 2})
+    train(half)
+    parts = tiny_config(tmp_path / "half", tiny_wan_folder, overrides)
+    train(parts, resume=True)
+    assert_same_run(whole, parts)
+    base, _ = state_of_base(whole)
+    trained_now, extra = state_of(whole)
+    assert any(not torch.equal(trained_now[k], v) for k, v in base.items() if "weights" in k)
+    assert extra["done"] == 4 and extra["ema_updates"] == 8
+    assert {len(history) for history in extra["running"].values()} == {16}
+    starts = {Trainer(whole, CPU).plan(i).states[-1].path for i in range(4)}
+    assert len(starts) > 1, "all four windows start alike: nothing was drawn"
+
+
+def state_of_base(config: RunConfig):
+    trainer = Trainer(config, CPU)
+    return checkpoint.collect(trainer.policy, trainer.updater.optimizers), trainer
+
+
+def snapshots(config: RunConfig) -> list[Path]:
+    return sorted((Path(config.output) / "snapshots").iterdir())
+
+
+def test_keep_leaves_the_newest(tmp_path, tiny_wan_folder):
+    config = tiny_config(tmp_path, tiny_wan_folder, EVERY | {"iterations": 4})
+    train(config)
+    assert [path.name for path in snapshots(config)] == ["iteration-000003", "iteration-000004"]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    "file, damage, said",
+    [
+        ("__0_0.distcp", flip, "__0_0.distcp differs from what was written"),
+        ("__0_0.distcp", cut, "__0_0.distcp differs from what was written"),
+        (".metadata", flip, ".metadata differs from what was written"),
+        ("__0_0.distcp", Path.unlink, "__0_0.distcp is missing"),
+        ("manifest.json", cut, "manifest.json"),
+    ],
+)
+def test_damaged_snapshot_is_passed_over(tmp_path, tiny_wan_folder, caplog, file, damage, said):
+    overrides = EVERY | {"policy.train": "lora"}
+    config = tiny_config(tmp_path / "run", tiny_wan_folder, overrides | {"iterations": 3})
+    train(tiny_config(tmp_path / "run", tiny_wan_folder, overrides))
+    damage(snapshots(config)[-1] / file)
+    with caplog.at_level(logging.WARNING, logger="dancegrpo_fast.checkpoint"):
+        trainer = Trainer(config, CPU)
+        assert trainer.resume() and trainer.done == 1
+    (warning,) = [r.getMessage() for r in caplog.records if "is damaged" in r.getMessage()]
+    assert "iteration-000002" in warning and said in warning and "the one before" in warning
+    train(config, resume=True)
+    whole = tiny_config(tmp_path / "whole", tiny_wan_folder, overrides | {"iterations": 3})
+    train(whole)
+    assert_same_run(whole, config)
+
+
+def test_without_a_usable_snapshot(tmp_path, tiny_wan_folder):
+    config = tiny_config(tmp_path, tiny_wan_folder)
+    with pytest.raises(UserError, match="holds no usable snapshot; start the run without --resume"):
+        train(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"policy.train": "full"}, {"policy.lora_rank": 4}, {"policy.ema_decay": 0.9},
+     {"policy.lora_targets": ["to_q"]}],
+)  # fmt: skip
+def test_another_recipe_is_refused(tmp_path, tiny_wan_folder, other):
+    overrides = {"policy.train": "lora", "iterations": 1}
+    train(tiny_config(tmp_path, tiny_wan_folder, overrides))
+    config = tiny_config(tmp_path, tiny_wan_folder, overrides | {"iterations": 2} | other)
+    before = metrics_of(config)
+    with pytest.raises(UserError, match="holds other tensors than this configuration") as caught:
+        train(config, resume=True)
+    assert "resume with the recipe it was made with" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert metrics_of(config) == before
+
+
+def test_a_run_is_not_overwritten(tmp_path, tiny_wan_folder):
+    config = tiny_config(tmp_path, tiny_wan_folder, {"iterations": 1})
+    train(config)
+    with pytest.raises(UserError, match="already holds a run; continue it with --resume latest"):
+        train(config)
+
+
+def interrupted_at(monkeypatch, method: str, call: int, number=signal.SIGTERM) -> None:
+    """Sends this process a signal in the `call`-th call of a method of the trainer."""
+    original, calls = getattr(Trainer, method), []
+
+    def patched(self, *arguments):
+        calls.append(method)
+        if len(calls) == call:
+            signal.raise_signal(number)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Trainer, method, patched)
+
+
+@pytest.mark.parametrize(
+    "method, saved", [("sample", True), ("score", True), ("update", False), ("save", False)]
+)
+def test_interrupted_run_goes_on_exactly(tmp_path, tiny_wan_folder, monkeypatch, method, saved):
+    """In rollout or scoring the start of the iteration is saved; in the update the last stands."""
+    overrides = RUNNING | {"policy.ema_decay": 0.9, "checkpoint.every": 2, "iterations": 4}
+    whole = tiny_config(tmp_path / "whole", tiny_wan_folder, overrides)
+    train(whole)
+    config = tiny_config(tmp_path / "cut", tiny_wan_folder, overrides)
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, method, 4 if method != "save" else 2)
+        with pytest.raises(Interrupted, match="continue .*with --resume latest") as caught:
+            train(config)
+    assert ("its start is saved" in str(caught.value)) == saved
+    newest = snapshots(config)[-1].name
+    assert newest == ("iteration-000003" if saved else "iteration-000002")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(config, resume=True)
+    assert_same_run(whole, config)
+
+
+def test_run_stopped_before_its_first_snapshot_can_go_on(tmp_path, tiny_wan_folder, monkeypatch):
+    """The folder holds metrics, so it cannot be started; --resume begins it anew, and says so."""
+    overrides = {"checkpoint.every": 10, "iterations": 3, "policy.ema_decay": 0.9}
+    whole = tiny_config(tmp_path / "whole", tiny_wan_folder, overrides)
+    train(whole)
+    config = tiny_config(tmp_path / "cut", tiny_wan_folder, overrides)
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, "update", 2)
+        with pytest.raises(Interrupted):
+            train(config)
+    assert len(metrics_of(config)) == 1
+    train(config, resume=True)
+    assert_same_run(whole, config)
+
+
+INTERRUPTED = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.models.wan import WanFamily
+velocity, calls = WanFamily.velocity, []
+def interrupted(self, *arguments):
+    calls.append(torch.is_grad_enabled())
+    if calls.count(False) == 6:  # The second step of the second rollout.
+        os.kill(os.getpid(), signal.SIGINT)
+    return velocity(self, *arguments)
+WanFamily.velocity = interrupted
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+def test_killed_process_exits_with_3_and_resumes(tmp_path, tiny_wan_folder):
+    recipe = tiny_recipe(tmp_path / "cut", tiny_wan_folder, {"policy.ema_decay": 0.9})
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    killed = subprocess.run(
+        [sys.executable, str(script), str(file)],
+        env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert killed.returncode == 3, killed.stderr[-3000:]
+    assert "Traceback" not in killed.stderr
+    last = killed.stderr.strip().split("\n")[-1]
+    assert last.startswith("interrupted in iteration 1; its start is saved in ")
+    assert last.endswith("continue with --resume latest")
+    assert main(["train", str(file), "--resume", "latest"]) == 0
+    whole = tiny_config(tmp_path / "whole", tiny_wan_folder, {"policy.ema_decay": 0.9})
+    train(whole)
+    assert_same_run(whole, RunConfig.model_validate(recipe))
