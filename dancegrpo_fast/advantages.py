@@ -132,7 +132,6 @@ def edge_advantages(
             for state in plan.states:  # Parents come first, so an inherited value is ready.
                 if state.trained and _only_child(plan, state.index):
                     values[p, state.index] = values[p, state.parent]
-        values[p][np.isnan(edge_rewards).any(axis=1)] = 0.0
     return _combine(values, column_weights, config)
 
 
@@ -167,13 +166,12 @@ def best_and_worst(advantages: LeafAdvantages, count: int) -> Array:
         pool = np.flatnonzero(advantages.valid[p])
         order = pool[np.argsort(score[p, pool], kind="stable")]
         half = count // 2
-        kept = order if len(order) <= count else np.concatenate([order[:half], order[-half:]])
-        selected[p, kept] = True
+        selected[p, order[:half]] = selected[p, order[-half:]] = True
     return selected
 
 
 def _columns(rewards: Array, weights: Array, combine: str) -> tuple[Array, Array]:
-    """What is normalised, more being better: the weighted sum, or each column of non-zero weight."""
+    """What is normalised, more being better: the weighted sum, or each of non-zero weight."""
     used = rewards[..., weights != 0].astype(np.float64)
     kept = weights[weights != 0].astype(np.float64)
     if combine == "reward":

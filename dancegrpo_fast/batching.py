@@ -147,7 +147,7 @@ def build_updates(
             credits = table[update_of[p, g]][owner[p, g]]
             credits.setdefault((p, edge), _Credit(np.zeros((columns, 2)))).add(values)
 
-    anchor = _anchors(plan, owner, world_size)
+    anchor = _anchors(plan, owner, advantages.valid, world_size)
     return [
         _update_for_rank(plan, ranks, anchor, modules, rank, micro_batch_size, columns)
         for ranks in table
@@ -180,11 +180,16 @@ def _timestep_subsets(
     return subsets
 
 
-def _anchors(plan: TreePlan, owner: np.ndarray, world_size: int) -> list[list[Anchor]]:
-    """Per rank, the trained edges of its first leaf: the work of its zero-weight calls."""
+def _anchors(
+    plan: TreePlan, owner: np.ndarray, valid: np.ndarray, world_size: int
+) -> list[list[Anchor]]:
+    """Per rank, the trained edges of one of its leaves: the work of its zero-weight calls."""
     found: list[list[Anchor]] = []
     for rank in range(world_size):
-        p, g = (int(v) for v in np.argwhere(owner == rank)[0])
+        own = np.argwhere(owner == rank)
+        # A valid leaf if there is one: latents of a failed one may be NaN, and 0 x NaN is NaN.
+        usable = own[valid[tuple(own.T)]]
+        p, g = (int(v) for v in (usable if len(usable) else own)[0])
         edges = plan.leaf_edges[g]
         found.append([(p, plan.states[edge].parent, edge) for edge in edges])
     return found

@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line each with field, value and way out, exit code 2, no work lost."""
+"""What users get wrong: one line each with field, value and way out, exit code 2, no work lost."""
 
 from __future__ import annotations
 

@@ -308,8 +308,7 @@ def test_the_ratio_is_exactly_one_before_the_first_step(
     old = one.drawn.recorded_log_prob(fan.edges)
     assert old.dtype == new.dtype == torch.float32
     assert torch.equal(new, old) and torch.isfinite(old).all()
-    # A log-prob of the unrounded x' would pass on float32 latents only.
-    assert old.unique().numel() == len(fan.edges)
+    assert old.unique().numel() == len(fan.edges)  # No two edges share a recorded value.
 
 
 def test_rollout_log_prob_is_that_of_the_stored_sample() -> None:

@@ -95,7 +95,8 @@ def test_deterministic_rollout_is_the_stock_pipeline(tmp_path, folder, guidance)
     overrides = {"model.guidance": guidance, "model.negative_prompt": "dull"}
     config = tiny_config(tmp_path, folder, overrides)
     family = load_family(config.model, CPU.device)
-    expected = stock(WanPipeline.from_pretrained(folder), family, guidance=guidance, negative="dull")
+    pipeline = WanPipeline.from_pretrained(folder)
+    expected = stock(pipeline, family, guidance=guidance, negative="dull")
     found = rolled_out(config, family)
     assert (found - expected).abs().max() < 1e-5
     assert (expected - initial(family)).abs().max() > 1, "the sampler hardly moved"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int | None = getattr(error, "exit_code", None)
         if code is None:
             raise
-        print(error, file=sys.stderr)
+        # Under torchrun every process may meet the same mistake; say which one speaks.
+        rank = os.environ.get("RANK", "0")
+        print(error if rank == "0" else f"[rank {rank}] {error}", file=sys.stderr)
         return code
 
 

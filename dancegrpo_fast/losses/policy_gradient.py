@@ -85,4 +85,4 @@ def recompute_log_prob(
 
 
 def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device=device, dtype=torch.float32)
+    return torch.from_numpy(values).to(device)  # The op casts to what it computes in.

@@ -5,7 +5,7 @@
     scripts/mutants --all           all of them
 
 `table.toml` holds them. A defect is planted in a temporary copy of the tree, never in the checkout;
-then only the test files that should notice it are run. A line is found by its text, not its number:
+then only the tests that should notice it are run. A line is found by its text, not its number:
 one that is not there exactly once is an error, so the table cannot rot in silence.
 """
 
@@ -41,7 +41,7 @@ class Mutant:
         file: Path below the root.
         line: The whole line that is replaced, without its indentation.
         becomes: What stands there instead.
-        tests: Test files that must turn red.
+        tests: Test files, or `file::test`, that must turn red.
     """
 
     name: str
