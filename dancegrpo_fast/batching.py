@@ -183,15 +183,19 @@ def _timestep_subsets(
 def _anchors(
     plan: TreePlan, owner: np.ndarray, valid: np.ndarray, world_size: int
 ) -> list[list[Anchor]]:
-    """Per rank, the trained edges of one of its leaves: the work of its zero-weight calls."""
+    """Per rank, the trained edges of its leaves: the work of its zero-weight calls."""
     found: list[list[Anchor]] = []
     for rank in range(world_size):
         own = np.argwhere(owner == rank)
-        # A valid leaf if there is one: latents of a failed one may be NaN, and 0 x NaN is NaN.
+        # Valid leaves if there are any: latents of a failed one may be NaN, and 0 x NaN is NaN.
         usable = own[valid[tuple(own.T)]]
-        p, g = (int(v) for v in (usable if len(usable) else own)[0])
-        edges = plan.leaf_edges[g]
-        found.append([(p, plan.states[edge].parent, edge) for edge in edges])
+        found.append(
+            [
+                (int(p), plan.states[edge].parent, edge)
+                for p, g in (usable if len(usable) else own)
+                for edge in plan.leaf_edges[g]
+            ]
+        )
     return found
 
 
@@ -247,7 +251,6 @@ def _idle_item(
 ) -> Item:
     """A zero-weight item for `name`; its edge is one the rank sampled, so nothing is made up."""
     fitting = [a for a in anchors if modules[plan.states[a[1]].step] == name]
-    # Where the rank's first leaf has no edge of this module, any state it holds makes the
-    # collective calls that the rank owes; its weight is zero.
+    # A rank that holds no edge of this module makes the calls it owes with any state it has.
     prompt, state, edge = (fitting or anchors)[0]
     return Item(prompt, state, (edge,), np.zeros((1, columns, 2)), np.zeros(1))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +39,16 @@ def train(config: RunConfig, *, resume: bool = False) -> Path | None:
         Interrupted: SIGINT or SIGTERM; the run continues with --resume latest.
     """
     world = World.from_environment()
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    run: _Run | None = None
     try:
-        return _Run(config, world, resume).to_end()
+        run = _Run(config, world, resume)
+        return run.to_end()
+    except KeyboardInterrupt:
+        message = run.abandon() if run else "interrupted while loading; start again"
+        raise Interrupted(message) from None
     finally:
+        signal.signal(signal.SIGTERM, previous)
         world.close()
 
 
@@ -69,7 +78,7 @@ class _Run:
         self.trainer = Trainer(config, world)
         if resume and not self.trainer.resume():
             begun = (self.folder / "metrics.jsonl").is_file()
-            if not begun or any(self.trainer.snapshots.glob("iteration-??????")):
+            if not begun or self.trainer.has_snapshots():
                 raise UserError(
                     f"--resume latest: {self.trainer.snapshots} holds no usable snapshot; start "
                     "the run without --resume"
@@ -80,6 +89,8 @@ class _Run:
         done = self.trainer.done
         self.log: MetricsLog | None = None
         if world.is_main:
+            if resume:
+                _tell_changes(self.folder / "recipe.yaml", config)
             self.log = MetricsLog(self.folder, resumed=done if resume else None)
             (self.folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")
         self._spend("load", started)
@@ -100,45 +111,34 @@ class _Run:
 
     def _iterate(self) -> None:
         trainer, config = self.trainer, self.config
-        previous = signal.signal(signal.SIGTERM, _interrupt)
         bar = tqdm(
             total=config.iterations,
             initial=trainer.done,
             desc="iterations",
             disable=not self.world.is_main,
         )
-        try:
-            with bar:
-                while trainer.done < config.iterations:
-                    metrics = trainer.iteration()
-                    self._log_iteration(metrics, bar)
-                    if trainer.done % config.checkpoint.every == 0 or (
-                        trainer.done == config.iterations
-                    ):
-                        started = time.perf_counter()
-                        trainer.save()
-                        self._spend("snapshot", started)
-                    every = config.evaluation.every
-                    if every and trainer.done % every == 0 and trainer.done < config.iterations:
-                        self._evaluate_now()
-        except KeyboardInterrupt:
-            raise Interrupted(self._abandon()) from None
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+        with bar:
+            while trainer.done < config.iterations:
+                metrics = trainer.iteration()
+                self._log_iteration(metrics, bar)
+                last = trainer.done == config.iterations
+                if last or trainer.done % config.checkpoint.every == 0:
+                    started = time.perf_counter()
+                    trainer.save()
+                    self._spend("snapshot", started)
+                every = config.evaluation.every
+                if every and trainer.done % every == 0 and not last:
+                    self._evaluate_now()
 
-    def _abandon(self) -> str:
-        """Leave the iteration; its start is saved where the weights still are its start's."""
-        stage = self.trainer.current
-        if self.world.size == 1 and stage in ("sample", "score"):
-            self.trainer.save()
-            return (
-                f"interrupted in iteration {self.trainer.done}; its start is saved in "
-                f"{self.trainer.snapshots}; continue with --resume latest"
-            )
-        return (
-            f"interrupted in iteration {self.trainer.done}; continue from the newest snapshot in "
-            f"{self.trainer.snapshots} with --resume latest"
-        )
+    def abandon(self) -> str:
+        """Leave the run; an iteration's start is saved where the weights still are its start's."""
+        trainer = self.trainer
+        if self.world.size == 1 and trainer.current in ("sample", "score"):
+            trainer.save()
+        where = "continue with --resume latest"
+        if not trainer.has_snapshots():
+            where = "there is no snapshot yet: --resume latest starts again"
+        return f"{self.folder}: interrupted after {trainer.done} iterations; {where}"
 
     def _log_iteration(self, metrics: dict[str, float], bar: tqdm) -> None:
         trainer = self.trainer
@@ -239,6 +239,27 @@ class _Run:
     def _spend(self, stage: str, started: float) -> None:
         seconds = self.trainer.seconds
         seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def _tell_changes(recipe: Path, config: RunConfig) -> None:
+    """Say which fields a resumed run changes: legal, but never silent."""
+    before, after = (_flat(c.model_dump()) for c in (load_config(recipe, []), config))
+    for field in sorted(before | after):
+        if before.get(field) != after.get(field):
+            logger.warning(
+                "resumed with another %s: %s -> %s", field, before.get(field), after.get(field)
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested sections by dotted path."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

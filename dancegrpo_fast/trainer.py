@@ -224,6 +224,10 @@ class Trainer:
         """Folder of the run's snapshots."""
         return Path(self.config.output) / "snapshots"
 
+    def has_snapshots(self) -> bool:
+        """Whether anything was ever saved, damaged or not."""
+        return any(self.snapshots.glob("iteration-??????"))
+
     def save(self) -> None:
         """Write a snapshot of the last finished iteration."""
         tensors = checkpoint.collect(self.policy, self.updater.optimizers)

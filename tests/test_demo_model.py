@@ -81,7 +81,7 @@ def test_every_word_is_one_known_token_and_prompts_stay_apart(pipe: WanPipeline)
 
 
 def test_latent_statistics_match_the_data(pipe: WanPipeline) -> None:
-    """The pipeline multiplies by latents_std and adds latents_mean: real latents must be N(0, 1)."""
+    """The pipeline computes z * latents_std + latents_mean, so these must be the data's own."""
     clips = shapes.render(shapes.split_prompts()[0], torch.Generator().manual_seed(11))
     with torch.no_grad():
         latents = pipe.vae.encode(clips.transpose(1, 2) * 2 - 1).latent_dist.mode()
@@ -90,7 +90,9 @@ def test_latent_statistics_match_the_data(pipe: WanPipeline) -> None:
     mean = torch.tensor(config.latents_mean)
     std = torch.tensor(config.latents_std)
     # 128 clips of 320 strongly correlated latents: a few per cent
-    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), mean, rtol=0, atol=0.1 * float(std.max()))
+    torch.testing.assert_close(
+        latents.mean((0, 2, 3, 4)), mean, rtol=0, atol=0.1 * float(std.max())
+    )
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), std, rtol=0.1, atol=0)
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from tiny_models import CPU, tiny_config
 
+from dancegrpo_fast import updating
 from dancegrpo_fast.losses.gate import RatioGateError
+from dancegrpo_fast.ops import POLICY_METRICS
 from dancegrpo_fast.ops.noise import NoiseKey, normal
 from dancegrpo_fast.trainer import Trainer
 
@@ -213,3 +215,27 @@ def test_nan_is_an_infinite_gap(tmp_path, tiny_wan_folder, mode):
     plant_before_training(trainer, perturb(float("nan")))
     with pytest.raises(RatioGateError, match="differ by up to inf"):
         trainer.iteration()
+
+
+def test_the_ratio_compares_with_the_policy_of_the_rollout(
+    tmp_path, tiny_wan_folder, mode, monkeypatch
+):
+    """In every call of every update; in the second update that policy is one step behind."""
+    trainer = make_trainer(tmp_path, tiny_wan_folder, mode, {"optimizer.learning_rate": 1e-3})
+    loss, gaps = updating.policy_gradient_loss, []
+
+    def checked(call, drawn, *arguments, **options):
+        result = loss(call, drawn, *arguments, **options)
+        edges = [(item.prompt, child) for item in call.items for child in item.children]
+        weights = torch.tensor([float(weight) for item in call.items for weight in item.weights])
+        gap = result.log_prob - drawn.recorded_log_prob(edges)
+        ratios = dict(zip(POLICY_METRICS, result.metrics.tolist(), strict=True))["ratio"]
+        assert ratios == pytest.approx(float(gap.exp()[weights > 0].sum()), rel=CLEAN)
+        gaps.append(float(gap.abs().max()))
+        return result
+
+    monkeypatch.setattr(updating, "policy_gradient_loss", checked)
+    trainer.iteration()
+    assert gaps[0] < CLEAN
+    if MODES[mode][0] > 1:
+        assert gaps[-1] > 100 * CLEAN  # Else any other old log-prob would pass as well.

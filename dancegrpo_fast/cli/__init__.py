@@ -84,7 +84,13 @@ def _run(arguments: list[str]) -> int:
             module.add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
-    args = parser.parse_args(arguments)
+    # argparse stops collecting overrides at the first option; take those after it too.
+    args, more = parser.parse_known_args(arguments)
+    overrides = [word for word in more if not word.startswith("-") and "=" in word]
+    if len(overrides) < len(more) or (more and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        args.overrides = [*args.overrides, *overrides]
     assert module is not None  # parse_args has left with help or an error otherwise
     code: int = module.run(args)
     return code

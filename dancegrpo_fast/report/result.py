@@ -14,6 +14,7 @@ from dancegrpo_fast.config import RunConfig, dump
 from dancegrpo_fast.report.evaluate import Difference, Evaluation
 from dancegrpo_fast.report.metrics import gif_bytes, read_metrics
 from dancegrpo_fast.report.page import ClipPair, CurvePoint, Measure, Summary, write_page
+from dancegrpo_fast.report.picture import write_picture
 
 SHOWN = 12  # Before/after pairs on the page, spread over the held-out prompts.
 
@@ -119,6 +120,10 @@ def write_report(outcome: Outcome, folder: Path) -> Path:
         measures=measures,
     )
     curve = _curve(read_metrics(folder / "metrics.jsonl"))
+    few = _spread(len(outcome.prompts), 4)
+    prompts = [outcome.prompts[p] for p in few]
+    clips = outcome.base.clips[few], outcome.trained.clips[few]
+    write_picture(folder / "report.png", curve, prompts, *clips)
     return write_page(
         folder, summary, curve, _pairs(outcome), outcome.seconds, outcome.load_lines
     )
@@ -137,7 +142,6 @@ def _curve(lines: list[dict[str, float | None]]) -> list[CurvePoint]:
 
 
 def _pairs(outcome: Outcome) -> list[ClipPair]:
-    chosen = np.unique(np.linspace(0, len(outcome.prompts) - 1, SHOWN).round().astype(int))
     weights = np.array([reward.weight for reward in outcome.config.rewards])
     scores = [side.scores[:, 0] @ weights for side in (outcome.base, outcome.trained)]
     return [
@@ -148,5 +152,10 @@ def _pairs(outcome: Outcome) -> list[ClipPair]:
             float(scores[0][p]),
             float(scores[1][p]),
         )
-        for p in chosen
+        for p in _spread(len(outcome.prompts), SHOWN)
     ]
+
+
+def _spread(total: int, count: int) -> np.ndarray:
+    """Up to `count` positions spread evenly over 0 .. total-1."""
+    return np.unique(np.linspace(0, total - 1, count).round().astype(int))

@@ -1,0 +1,60 @@
+"""One still picture of a finished run: the reward curve, and frames before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dancegrpo_fast.report.page import CurvePoint
+
+FRAMES = 5  # Shown of each clip, evenly spaced.
+
+
+def write_picture(
+    path: Path,
+    curve: Sequence[CurvePoint],
+    prompts: Sequence[str],
+    before: np.ndarray,
+    after: np.ndarray,
+) -> Path:
+    """Write a PNG.
+
+    Args:
+        path: The file.
+        curve: Rewards over the run.
+        prompts: A few prompts.
+        before: [n, F, 3, H, W] uint8 clips of the base, one per prompt.
+        after: The same of the trained model.
+    """
+    figure = Figure(figsize=(11, 0.9 * len(prompts) + 1.0), dpi=110, layout="constrained")
+    grid = figure.add_gridspec(len(prompts), 3, width_ratios=(1.15, 1, 1))
+    axes = figure.add_subplot(grid[:, 0])
+    training = [(p.iteration, p.training) for p in curve if p.training is not None]
+    held_out = [
+        (p.iteration, p.held_out, p.standard_error or 0.0) for p in curve if p.held_out is not None
+    ]
+    axes.plot(*zip(*training, strict=True), color="#8a94a6", lw=1.2, label="training")
+    x, y, error = zip(*held_out, strict=True)
+    axes.errorbar(x, y, error, color="#2f81f7", lw=2, marker="o", capsize=4, label="held out")
+    axes.set(xlabel="iteration", ylabel="mean reward")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False, loc="lower right")
+    for row, prompt in enumerate(prompts):
+        for column, clips in ((1, before), (2, after)):
+            cell = figure.add_subplot(grid[row, column])
+            cell.imshow(_strip(clips[row]), interpolation="nearest")
+            cell.set_axis_off()
+            title = ("before", "after")[column - 1] if row == 0 else ""
+            cell.set_title(f"{title}\n{prompt}" if column == 1 else title, fontsize=8, loc="left")
+    figure.savefig(path)
+    return path
+
+
+def _strip(clip: np.ndarray) -> np.ndarray:
+    """Some frames of [F, 3, H, W] side by side: [H, n W, 3]."""
+    shown = np.unique(np.linspace(0, len(clip) - 1, FRAMES).round().astype(int))
+    return np.concatenate([clip[i].transpose(1, 2, 0) for i in shown], axis=1)
