@@ -78,7 +78,7 @@ class _Run:
         self.trainer = Trainer(config, world)
         if resume and not self.trainer.resume():
             begun = (self.folder / "metrics.jsonl").is_file()
-            if not begun or self.trainer.has_snapshots():
+            if not begun or self.trainer.saved_iterations():
                 raise UserError(
                     f"--resume latest: {self.trainer.snapshots} holds no usable snapshot; start "
                     "the run without --resume"
@@ -135,10 +135,13 @@ class _Run:
         trainer = self.trainer
         if self.world.size == 1 and trainer.current in ("sample", "score"):
             trainer.save()
-        where = "continue with --resume latest"
-        if not trainer.has_snapshots():
-            where = "there is no snapshot yet: --resume latest starts again"
-        return f"{self.folder}: interrupted after {trainer.done} iterations; {where}"
+        saved = trainer.saved_iterations()
+        if not saved:
+            return f"{self.folder}: interrupted before a snapshot; --resume latest starts again"
+        return (
+            f"{self.folder}: interrupted after {trainer.done} iterations; the newest snapshot holds "
+            f"{saved[-1]}; continue with --resume latest"
+        )
 
     def _log_iteration(self, metrics: dict[str, float], bar: tqdm) -> None:
         trainer = self.trainer

@@ -224,9 +224,10 @@ class Trainer:
         """Folder of the run's snapshots."""
         return Path(self.config.output) / "snapshots"
 
-    def has_snapshots(self) -> bool:
-        """Whether anything was ever saved, damaged or not."""
-        return any(self.snapshots.glob("iteration-??????"))
+    def saved_iterations(self) -> list[int]:
+        """Iterations of the snapshots there are, damaged or not, in order."""
+        folders = self.snapshots.glob("iteration-??????")
+        return sorted(int(folder.name.removeprefix("iteration-")) for folder in folders)
 
     def save(self) -> None:
         """Write a snapshot of the last finished iteration."""

@@ -215,3 +215,15 @@ def test_exit_codes_of_the_process(tmp_path):
     assert mistaken.returncode == 2 and "Traceback" not in mistaken.stderr
     defect = shell("defect", "train", "r.yaml")
     assert defect.returncode == 1 and "RuntimeError: a defect" in defect.stderr
+
+
+def test_overrides_may_follow_options(tmp_path, tiny_wan_folder, capsys):
+    """argparse alone would stop collecting them at the first option."""
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(tiny_recipe(tmp_path, tiny_wan_folder, {})))
+    recipe = str(file)
+    assert main(["train", recipe, "--print-config", "iterations=7", "seed=3"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["iterations"], shown["seed"]) == (7, 3)
+    assert main(["train", recipe, "--print-config", "--nonsense"]) == 2
+    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err

@@ -205,7 +205,7 @@ def test_interrupted_run_goes_on_exactly(
         interrupted_at(patch, method, call)
         with pytest.raises(Interrupted, match="with --resume latest") as caught:
             train(config)
-    assert ("its start is saved" in str(caught.value)) == (method in ("sample", "score"))
+    assert f"the newest snapshot holds {newest};" in str(caught.value)
     assert snapshots(config)[-1].name == f"iteration-{newest:06d}"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(config, resume=True)
@@ -219,7 +219,7 @@ def test_run_stopped_before_its_first_snapshot_can_go_on(
     config = tiny_config(tmp_path, tiny_wan_folder, STOPPED)
     with monkeypatch.context() as patch:
         interrupted_at(patch, "update", 2)
-        with pytest.raises(Interrupted):
+        with pytest.raises(Interrupted, match="before a snapshot; --resume latest starts again"):
             train(config)
     assert len(metrics_of(config)) == 1
     train(config, resume=True)
@@ -257,9 +257,27 @@ def test_killed_process_exits_with_3_and_resumes(tmp_path, tiny_wan_folder):
     assert killed.returncode == 3, killed.stderr[-3000:]
     assert "Traceback" not in killed.stderr
     last = killed.stderr.strip().split("\n")[-1]
-    assert last.startswith("interrupted in iteration 1; its start is saved in ")
-    assert last.endswith("continue with --resume latest")
+    assert last.endswith(
+        "interrupted after 1 iterations; the newest snapshot holds 1; continue with --resume latest"
+    )
     assert main(["train", str(file), "--resume", "latest"]) == 0
     whole = tiny_config(tmp_path / "whole", tiny_wan_folder, {"policy.ema_decay": 0.9})
     train(whole)
     assert_same_run(whole, RunConfig.model_validate(recipe))
+
+
+def test_resume_says_what_it_changes(tmp_path, tiny_wan_folder, caplog):
+    """Another learning rate is legal when resuming, but never silent."""
+    config = tiny_config(tmp_path, tiny_wan_folder, STOPPED)
+    train(config)
+    values = config.model_dump()
+    values["iterations"] += 1
+    values["optimizer"]["learning_rate"] *= 2
+    with caplog.at_level("WARNING"):
+        train(RunConfig.model_validate(values), resume=True)
+    told = [r.getMessage() for r in caplog.records if "resumed with another" in r.getMessage()]
+    before, after = config.optimizer.learning_rate, values["optimizer"]["learning_rate"]
+    assert told == [
+        f"resumed with another iterations: {config.iterations} -> {values['iterations']}",
+        f"resumed with another optimizer.learning_rate: {before} -> {after}",
+    ]
