@@ -139,8 +139,8 @@ class _Run:
         if not saved:
             return f"{self.folder}: interrupted before a snapshot; --resume latest starts again"
         return (
-            f"{self.folder}: interrupted after {trainer.done} iterations; the newest snapshot holds "
-            f"{saved[-1]}; continue with --resume latest"
+            f"{self.folder}: interrupted after {trainer.done} iterations; the newest snapshot "
+            f"holds {saved[-1]}; continue with --resume latest"
         )
 
     def _log_iteration(self, metrics: dict[str, float], bar: tqdm) -> None:
