@@ -229,7 +229,9 @@ class _Run:
                 "trained": checkpoint.weights_hash(final),
             },
             self.trainer.seconds,
-            self.trainer.family.load_lines(final, self.config.policy.train),
+            self.trainer.family.load_lines(
+                final, self.config.policy.train, self.config.rollout.steps
+            ),
         )
         write_summary(outcome, self.folder)
         total = outcome.difference()

@@ -39,5 +39,6 @@ def run(args: argparse.Namespace) -> int:
     trainer = restore(Path(args.run))
     checkpoint.export(trainer.family.pipeline, trainer.policy, out)
     print(f"iteration {trainer.done} of {args.run} written to {out}; load it with\n")
-    print(trainer.family.load_lines(out, trainer.config.policy.train))
+    config = trainer.config
+    print(trainer.family.load_lines(out, config.policy.train, config.rollout.steps))
     return 0

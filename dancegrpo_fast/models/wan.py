@@ -156,7 +156,7 @@ class WanFamily:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def load_lines(self, exported: Path, train: str) -> str:
+    def load_lines(self, exported: Path, train: str, steps: int) -> str:
         """Python that loads the result without this package and draws one clip."""
         config = self.config
         folder = exported if train == "full" else config.path
@@ -174,7 +174,8 @@ class WanFamily:
                 *lines,
                 "video = pipeline(",
                 f"    'YOUR PROMPT', height={config.height}, width={config.width},",
-                f"    num_frames={config.frames}, guidance_scale={config.guidance},",
+                f"    num_frames={config.frames}, num_inference_steps={steps},",
+                f"    guidance_scale={config.guidance},",
                 f"    max_sequence_length={config.max_text_length},",
                 ").frames[0]",
             ]

@@ -108,7 +108,7 @@ def write_report(outcome: Outcome, folder: Path) -> Path:
         )
     )
     summary = Summary(
-        title=f"GRPO on {Path(outcome.config.model.path).name}: {outcome.config.output}",
+        title=f"{Path(outcome.config.output).name}: GRPO on {outcome.config.model.path}",
         reward=" + ".join(names),
         base=total.base,
         trained=total.trained,
