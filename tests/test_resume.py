@@ -229,6 +229,8 @@ def test_run_stopped_before_its_first_snapshot_can_go_on(
 INTERRUPTED = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
+# A shell without job control starts background jobs with SIGINT ignored, and so this process.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.models.wan import WanFamily
 velocity, calls = WanFamily.velocity, []
