@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import signal
 import time
@@ -11,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -160,13 +160,19 @@ class _Run:
         """The untrained model, from its own folder; kept beside the run for a resumed one."""
         if not (self.held_out and self.world.is_main):
             return
-        kept = self.folder / "evaluation-base.npz"
-        if kept.is_file() and self.trainer.done:
+        config = self.config
+        names = [reward.name for reward in config.rewards]
+        made_with = (self.held_out, config.evaluation, config.model, config.rollout.steps, names)
+        # Named by all it depends on: a resumed run that changes any of it must not compare with it.
+        digest = hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]
+        kept = self.folder / f"evaluation-base-{digest}.npz"
+        if kept.is_file():
             self.base = Evaluation.load(kept)
             return
         self.base = self._evaluate("base", self._stock_draw(None))
         self.base.save(kept)
-        self._log_evaluation(self.base, 0)
+        if not self.trainer.done:
+            self._log_evaluation(self.base, 0)
 
     def _evaluate_now(self) -> None:
         if not (self.held_out and self.world.is_main):
@@ -204,8 +210,8 @@ class _Run:
 
     def _log_evaluation(self, found: Evaluation, iteration: int) -> None:
         assert self.log is not None and self.base is not None
-        weights = np.array([reward.weight for reward in self.config.rewards])
-        difference = Difference.of(self.base.scores @ weights, found.scores @ weights)
+        weights = [reward.weight for reward in self.config.rewards]
+        difference = Difference.of(self.base.total(weights), found.total(weights))
         values = {
             "evaluation/reward": difference.trained,
             "evaluation/standard_error": difference.standard_error,

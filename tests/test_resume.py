@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from tiny_models import CPU, tiny_config, tiny_recipe
 from dancegrpo_fast import checkpoint
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import Interrupted, RunConfig, UserError
+from dancegrpo_fast.report.evaluate import Evaluation
 from dancegrpo_fast.run import train
 from dancegrpo_fast.trainer import Trainer
 
@@ -283,3 +285,29 @@ def test_resume_says_what_it_changes(tmp_path, tiny_wan_folder, caplog):
         f"resumed with another iterations: {config.iterations} -> {values['iterations']}",
         f"resumed with another optimizer.learning_rate: {before} -> {after}",
     ]
+
+
+def test_resume_with_other_held_out_prompts_measures_the_base_anew(tmp_path, tiny_wan_folder):
+    """A kept evaluation of the base must never be compared with other prompts."""
+    prompts = tmp_path / "held.txt"
+    prompts.write_text("a red dog\na blue cat\n")
+    changes = STOPPED | {"evaluation.prompts": str(prompts), "evaluation.seeds": 2}
+    config = tiny_config(tmp_path, tiny_wan_folder, changes)
+    train(config)
+    folder = Path(config.output)
+    kept = list(folder.glob("evaluation-base-*.npz"))
+    written = kept[0].stat().st_mtime_ns
+    train(config, resume=True)
+    assert list(folder.glob("evaluation-base-*.npz")) == kept
+    assert kept[0].stat().st_mtime_ns == written
+    prompts.write_text("green\na fish\na horse\n")
+    train(config, resume=True)
+    assert len(list(folder.glob("evaluation-base-*.npz"))) == 2
+    assert json.loads((folder / "summary.json").read_text())["prompts"] == 3
+
+
+def test_a_failed_reward_of_weight_zero_enters_no_total():
+    scores = np.array([[[1.0, np.nan]], [[3.0, 7.0]]])
+    found = Evaluation(scores, ("a", "b"), scores[..., :0], (), np.zeros(2), np.zeros(2))
+    np.testing.assert_array_equal(found.total([-2.0, 0.0]), [[-2.0], [-6.0]])
+    assert np.isnan(found.total([1.0, 1.0])[0, 0])

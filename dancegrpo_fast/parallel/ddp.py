@@ -21,7 +21,6 @@ class Replicated:
 
     def __init__(self, modules: Mapping[str, nn.Module], world: World) -> None:
         self.modules: dict[str, nn.Module] = dict(modules)
-        self._world = world
         if world.size > 1:
             for name, module in modules.items():
                 wrapped = DistributedDataParallel(

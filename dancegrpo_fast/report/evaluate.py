@@ -44,6 +44,11 @@ class Evaluation:
     distances: np.ndarray
     clips: np.ndarray
 
+    def total(self, weights: Sequence[float]) -> np.ndarray:
+        """[P, S] weighted reward; a reward of weight 0 enters nothing, not even its NaN."""
+        kept = np.array(weights) != 0
+        return self.scores[..., kept] @ np.array(weights)[kept]
+
     def save(self, path: Path) -> None:
         """Write a `.npz` without pickles."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,8 +43,8 @@ class Outcome:
 
     def difference(self) -> Difference:
         """Of the weighted reward."""
-        weights = np.array([reward.weight for reward in self.config.rewards])
-        return Difference.of(self.base.scores @ weights, self.trained.scores @ weights)
+        weights = [reward.weight for reward in self.config.rewards]
+        return Difference.of(self.base.total(weights), self.trained.total(weights))
 
     def measures(self) -> dict[str, Difference]:
         """Every reward and every part of one, by name."""
@@ -142,8 +142,8 @@ def _curve(lines: list[dict[str, float | None]]) -> list[CurvePoint]:
 
 
 def _pairs(outcome: Outcome) -> list[ClipPair]:
-    weights = np.array([reward.weight for reward in outcome.config.rewards])
-    scores = [side.scores[:, 0] @ weights for side in (outcome.base, outcome.trained)]
+    weights = [reward.weight for reward in outcome.config.rewards]
+    scores = [side.total(weights)[:, 0] for side in (outcome.base, outcome.trained)]
     return [
         ClipPair(
             outcome.prompts[p],
