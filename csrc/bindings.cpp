@@ -1,4 +1,5 @@
-// The Python module dancegrpo_fast._native: raw pointers and sizes, no torch.
+// The Python module dancegrpo_fast._native. Compiled without torch: noise takes raw pointers, the
+// ops read tensors through tensor.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "bindings.h"
 #include "noise_cpu.h"
 #include "normal.h"
 
@@ -60,6 +62,10 @@ py::dict build() {
 
 }  // namespace
 
+#ifdef DG_CUDA
+void bind_cuda(py::module_& m);  // bindings_cuda.cpp
+#endif
+
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of dancegrpo_fast; call them through dancegrpo_fast.ops.";
   m.def("normal", &normal, "Fill memory with exact normals; see csrc/noise_cpu.h.");
@@ -67,4 +73,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("box_muller", &box_muller, "Two normals from two words, for known-answer tests.");
   m.def("usable_threads", &dg::usable_threads, "Threads a call would use: 1 in a forked child.");
   m.def("build", &build, "How this module was compiled.");
+  dg::bind_ops(m);
+#ifdef DG_CUDA
+  bind_cuda(m);
+#endif
 }

@@ -5,15 +5,8 @@
 
 #include <algorithm>
 
+#include "clones.h"
 #include "normal.h"
-
-// One binary for every x86-64: the loader picks the copy for this CPU. All copies give the same
-// bits, so this is a matter of speed only.
-#ifdef DG_TARGET_CLONES
-#define DG_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define DG_CLONES
-#endif
 
 namespace dg {
 namespace {
@@ -22,6 +15,8 @@ constexpr int64_t kTileBlocks = 256;           // 4 KiB of float32: stays in the
 constexpr int64_t kChunk = 1 << 14;            // elements per task; a multiple of 4
 constexpr int64_t kSerialElements = 1 << 15;   // below this, waking threads costs more
 const pid_t load_pid = getpid();
+
+}  // namespace
 
 DG_CLONES void draw_blocks(float* out, uint64_t counter, int64_t blocks, uint64_t seed) {
   for (int64_t i = 0; i < blocks; ++i) {
@@ -33,6 +28,8 @@ DG_CLONES void draw_blocks(float* out, uint64_t counter, int64_t blocks, uint64_
     out[4 * i + 3] = b.z1;
   }
 }
+
+namespace {
 
 DG_CLONES void store_bfloat16(uint16_t* out, const float* in, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat16(in[i]);

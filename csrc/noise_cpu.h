@@ -19,6 +19,9 @@ struct Runs {
 // and starting another one hangs.
 int usable_threads(int requested);
 
+// Blocks counter .. counter + blocks - 1 of a seed: float32 normals, four each.
+void draw_blocks(float* out, uint64_t counter, int64_t blocks, uint64_t seed);
+
 // Fills out [n, box] from keys [n, 2] (seed, offset). The result does not depend on `threads`.
 void normal_cpu(void* out, Dtype dtype, const uint64_t* keys, int64_t n, const Runs& runs,
                 int threads);

@@ -15,11 +15,20 @@ struct Words {
   uint32_t x0, x1, x2, x3;
 };
 
+DG_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;  // one instruction; from the plain product nvcc makes three
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t{a} * b;
+#endif
+}
+
 DG_INLINE Words philox(Words c, uint32_t k0, uint32_t k1) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t{0xD2511F53u} * c.x0;
-    const uint64_t p1 = uint64_t{0xCD9E8D57u} * c.x2;
+    const uint64_t p0 = wide_product(0xD2511F53u, c.x0), p1 = wide_product(0xCD9E8D57u, c.x2);
     c = {static_cast<uint32_t>(p1 >> 32) ^ c.x1 ^ k0, static_cast<uint32_t>(p1),
          static_cast<uint32_t>(p0 >> 32) ^ c.x3 ^ k1, static_cast<uint32_t>(p0)};
     k0 += 0x9E3779B9u;

@@ -174,4 +174,5 @@ def _means(totals: Tensor) -> dict[str, float]:
     """Means over trained transitions of the additive sums that `policy_loss` returns."""
     sums = dict(zip(POLICY_METRICS, totals.tolist(), strict=True))
     count = max(sums.pop("children"), 1.0)
+    del sums["old_distance"]  # No loss of ours passes an old output: always 0.
     return {f"policy/{name}": value / count for name, value in sums.items()}

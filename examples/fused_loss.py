@@ -15,7 +15,7 @@ root = grpo.NoiseKey.from_seed(0)
 
 for iteration in range(60):
     key, trajectory = root.fold_in(iteration), []
-    x = grpo.normal_batch(shape, [key.draw()] * samples)  # one initial noise, shared by the group
+    x = grpo.normal_batch(shape, [key.draw()], copies=samples)[0]  # the group shares one noise
     for i in range(steps):
         kind = "sde" if i < steps - 1 else "x0"  # the last step decodes x0
         move = grpo.transition(schedule, i, i + 1, dynamics="dance", kind=kind, level=0.7)

@@ -24,8 +24,9 @@ find_python() {
 # Text that changes when the installation must be redone.
 installation_inputs() {
   local extras="$1"
-  echo "$extras ${DANCEGRPO_FAST_NATIVE:-AUTO} ${CXX:-}"
-  (cd "$ROOT" && cat pyproject.toml constraints.txt setup.py CMakeLists.txt csrc/*.h csrc/*.cpp)
+  echo "$extras ${DANCEGRPO_FAST_NATIVE:-AUTO} ${CXX:-} ${DANCEGRPO_FAST_CUDA:-AUTO}" \
+    "${DANCEGRPO_FAST_CUDA_ARCHS:-} ${CUDACXX:-}"
+  (cd "$ROOT" && cat pyproject.toml constraints.txt setup.py CMakeLists.txt csrc/*.{h,cpp,cu})
 }
 
 # On Linux, PyPI's torch wheel brings CUDA (3 GB). The user decides where wheels come from.

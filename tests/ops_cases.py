@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.ops import policy_loss, sample_transition, transition_log_prob
+from dancegrpo_fast.ops import packing, policy_loss, sample_transition, transition_log_prob
 from dancegrpo_fast.ops.noise import NoiseKey, keys_table
 from dancegrpo_fast.schedules import dance_schedule
 from dancegrpo_fast.transitions import coefficient_table, transition
@@ -13,6 +14,16 @@ from dancegrpo_fast.transitions import coefficient_table, transition
 GRID = dance_schedule(16, 3.0)
 DIMS = (3, 2, 5, 7)
 F64 = torch.float64
+
+
+@pytest.fixture(name="implementation", params=["native", "reference"], autouse=True)
+def each_implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs every test of a module that imports it once with each choice of "auto" on the CPU."""
+    if request.param == "native":
+        request.getfixturevalue("native_module")
+    else:
+        monkeypatch.setitem(packing._MISSING, "native", "hidden by a test")
+    return request.param
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:

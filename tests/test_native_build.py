@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ops_cases import randn
 
 from dancegrpo_fast.ops.noise import DrawKey, keys_table, normal, normal_batch
 
@@ -70,6 +71,44 @@ def draw(folder: Path, name: str) -> np.ndarray:
     return out.view(np.uint32)
 
 
+class Transition:
+    """Inputs of dg_transition: rows of an odd size, and the bits of its three outputs."""
+
+    ROWS, SIZE = 3, 9001
+
+    def __init__(self) -> None:
+        self.m = randn(self.ROWS, self.SIZE, seed=0, dtype=torch.float32)
+        self.x = randn(self.ROWS, self.SIZE, seed=1, dtype=torch.bfloat16)
+        row = [0.9, -0.13, 0.31, 5.0, 0.2, 1.0, 1.0, 1.0]
+        self.table = torch.tensor(row).repeat(self.ROWS, 1)
+        self.keys = keys_table([DrawKey(i, 5) for i in range(self.ROWS)])
+        self.factors = torch.tensor([0.37, 0.0, 0.0]).repeat(self.ROWS, 1)
+
+    def outputs(self) -> list[torch.Tensor]:
+        return [torch.empty_like(self.m), torch.empty(self.ROWS), torch.empty_like(self.m)]
+
+    def run(self, folder: Path, name: str) -> list[torch.Tensor]:
+        out = self.outputs()
+        inputs = (self.m, self.x, self.table, self.keys, self.factors)
+        library = ctypes.CDLL(str(folder / f"libisa_{name}.so"))
+        library.dg_transition(
+            *(ctypes.c_void_p(t.data_ptr()) for t in inputs),
+            ctypes.c_int64(self.ROWS), ctypes.c_int64(self.SIZE),
+            *(ctypes.c_void_p(t.data_ptr()) for t in out),
+        )  # fmt: skip
+        return out
+
+    def shipped(self, module) -> list[torch.Tensor]:
+        y, log_prob = module.sample_transition(
+            self.m, self.x, self.table, self.keys, None, None, None, torch.float32, 1
+        )
+        one = torch.ones(())
+        gradient = module.transition_gradient(
+            one, self.factors, self.m, self.x, y, self.table, None, None, None, None, 1
+        )
+        return [y, log_prob, gradient]
+
+
 def skip_without(level: str) -> None:
     text = Path("/proc/cpuinfo").read_text()
     flags = set(next(line for line in text.splitlines() if line.startswith("flags")).split())
@@ -90,6 +129,25 @@ def test_contracted_build_is_caught(isa_folder, expected) -> None:
     assert different > ELEMENTS // 100
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_transition_bits_are_those_of_the_shipped_build(level, isa_folder, native_module) -> None:
+    """Sampled latents, log-probs and gradients."""
+    skip_without(level)
+    case = Transition()
+    expected = case.shipped(native_module)
+    for ours, theirs in zip(case.run(isa_folder, level), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_contracted_transition_is_caught(isa_folder, native_module) -> None:
+    """The negative control, for each of the three outputs."""
+    skip_without("v3")
+    case = Transition()
+    expected = case.shipped(native_module)
+    for ours, theirs in zip(case.run(isa_folder, "contracted"), expected, strict=True):
+        assert not torch.equal(ours, theirs)
+
+
 def test_shipped_build_gives_the_reference_bits(native_module, expected) -> None:
     drawn = normal_batch((ELEMENTS,), KEYS, implementation="native").numpy().view(np.uint32)
     assert np.count_nonzero(drawn != expected) == 0
@@ -98,12 +156,28 @@ def test_shipped_build_gives_the_reference_bits(native_module, expected) -> None
 # ---------------------------------------------------------------------------- processes, threads
 
 
+def _draw_and_learn() -> list[bytes]:
+    """Bits of noise, of a sampled transition and of its loss, on two threads where they may."""
+    from dancegrpo_fast.ops import native
+
+    z = normal((1 << 18,), DrawKey(1, 2), implementation="native")
+    m, keys = z.view(2, -1), keys_table([DrawKey(3, 4), DrawKey(5, 6)])
+    table = torch.tensor([0.9, -0.1, 0.3, 5.0, 0.2, 1.0, 1.0, 1.0]).repeat(2, 1)
+    y, log_prob = native.module().sample_transition(
+        m, m, table, keys, None, None, None, torch.float32, 2
+    )
+    loss = native.module().policy_loss(
+        m, m, y, table, torch.ones(2), None, None, None, None, None, None, 0.1, 0.1, None, 0.0,
+        None, 1.0, None, True, 2,
+    )  # fmt: skip
+    return [t.numpy().tobytes() for t in (z, y, log_prob, *loss)]
+
+
 def _in_child(connection) -> None:
     from dancegrpo_fast.ops import native
 
     connection.send(native.module().usable_threads(8))
-    z = normal((1 << 18,), DrawKey(1, 2), implementation="native")
-    connection.send(z.numpy().tobytes())
+    connection.send(_draw_and_learn())
 
 
 def test_forked_child_runs_on_one_thread(native_module) -> None:
@@ -111,7 +185,7 @@ def test_forked_child_runs_on_one_thread(native_module) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        z = normal((1 << 18,), DrawKey(1, 2), implementation="native")
+        expected = _draw_and_learn()
         assert native_module.usable_threads(8) == 8
         context = multiprocessing.get_context("fork")
         ours, theirs = context.Pipe(duplex=False)
@@ -121,7 +195,7 @@ def test_forked_child_runs_on_one_thread(native_module) -> None:
             assert ours.poll(60), "the forked child hangs"
             assert ours.recv() == 1
             assert ours.poll(60), "the forked child hangs while drawing"
-            assert ours.recv() == z.numpy().tobytes()
+            assert ours.recv() == expected
         finally:
             child.kill()
             child.join()

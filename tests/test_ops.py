@@ -8,14 +8,29 @@ import sys
 
 import pytest
 import torch
-from ops_cases import DIMS, F64, GRID, Ragged, draw_keys, loop_log_prob, randn, table
+from ops_cases import (  # noqa: F401
+    DIMS,
+    F64,
+    GRID,
+    Ragged,
+    draw_keys,
+    each_implementation,
+    loop_log_prob,
+    randn,
+    table,
+)
 
 from dancegrpo_fast.ops import (
     POLICY_METRICS,
+    implementations,
+    packing,
     policy_loss,
     reference,
     sample_transition,
+    selected,
     transition_log_prob,
+    transition_mean,
+    x0_estimate,
 )
 from dancegrpo_fast.ops.noise import NoiseKey, keys_table, normal
 from dancegrpo_fast.transitions import coefficient_table, x0_step
@@ -217,6 +232,32 @@ def test_ragged_children_equal_a_loop() -> None:
     assert torch.allclose(log_prob, expected, rtol=1e-12, atol=1e-12)
 
 
+# ------------------------------------------------------------------ mean and x0
+
+
+def test_mean_and_x0_estimate_are_the_published_formulas_and_differentiable() -> None:
+    """The flow model's x0 is x - sigma v; the mean plus s eps is what sample_transition draws."""
+    m, x, eps = (randn(2, *DIMS, seed=s) for s in range(3))
+    rows, offsets = table(3, 6, 9), torch.tensor([0, 2, 3])
+    eps = torch.cat((eps, eps[:1]))
+    y = sample_transition(m, x, rows, noise=eps, child_offsets=offsets).next_latents
+    m.requires_grad_()
+    center = transition_mean(m, x, rows, child_offsets=offsets)
+    s = rows[:, 2].reshape(3, 1, 1, 1, 1)
+    assert torch.allclose(center + s * eps, y, rtol=1e-13, atol=1e-13)
+    clean = x0_estimate(m, x, rows, child_offsets=offsets)
+    sigmas = [GRID.sigmas[i] for i in (3, 6, 9)]
+    for child, (state, sigma) in enumerate(zip([0, 0, 1], sigmas, strict=True)):
+        assert torch.allclose(clean[child], x[state] - sigma * m[state], rtol=1e-12, atol=1e-12)
+    (gradient,) = torch.autograd.grad(clean.sum() + 2 * center.sum(), m)
+    of_children = rows[:, 7] + 2 * rows[:, 1]
+    assert torch.allclose(gradient[0], of_children[:2].sum().expand(DIMS), rtol=1e-12)
+    assert torch.allclose(gradient[1], of_children[2].expand(DIMS), rtol=1e-12)
+    box = ((0, 3), (1, 2), (0, 5), (0, 7))
+    boxed = transition_mean(m, x, rows, child_offsets=offsets, action_box=box)
+    assert torch.equal(boxed[:, :, 1], center[:, :, 1]) and torch.equal(boxed[2, :, 0], x[1, :, 0])
+
+
 # ------------------------------------------------------------------ gradcheck
 
 
@@ -255,8 +296,8 @@ OFFSETS = torch.tensor([0, 1, 2])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (bad_sample(implementation="triton"), "implementation = 'triton': not available; there is"),
-        (bad_loss(implementation="native"), "implementation = 'native'"),
+        (bad_sample(implementation="cuda"), "implementation = 'cuda': not available; there is"),
+        (bad_loss(implementation="triton"), "implementation = 'triton': .*; or use 'auto' or 'ref"),
         (bad_sample(model_output=randn(6)), r"model_output has shape \[6\]"),
         (bad_sample(latents=randn(2, 5)), r"latents has shape \[2, 5\]: must be \[2, 6\]"),
         (bad_sample(coefficients=randn(2, 5)), r"coefficients has shape \[2, 5\]"),
@@ -265,6 +306,9 @@ OFFSETS = torch.tensor([0, 1, 2])
         (bad_sample(keys=draw_keys(2)), "keys and noise are both given"),
         (bad_sample(noise=None), "child 0 has s > 0"),
         (bad_sample(noise=None, keys=draw_keys(3)), "keys has 3 rows: must be 2"),
+        (bad_sample(noise=None, keys=draw_keys(2).int()), "keys = torch.int32 .*use keys_table"),
+        (bad_sample(noise=randn(2, 6).long()), "noise is torch.int64"),
+        (bad_sample(latent_dtype=torch.int32), "latent_dtype = torch.int32: must be one of"),
         (bad_sample(model_output=torch.ones(2, 6).long()), "model_output is torch.int64"),
         (bad_sample(child_offsets=OFFSETS.int()), "child_offsets is torch.int32"),
         (bad_sample(child_offsets=OFFSETS[:2]), r"int64 \[3\]"),
@@ -281,6 +325,10 @@ OFFSETS = torch.tensor([0, 1, 2])
             "reference_output requires a gradient: only model_output",
         ),
         (bad_loss(old_log_prob=randn(2).requires_grad_()), "old_log_prob requires a gradient"),
+        (bad_loss(old_log_prob=randn(3)), r"old_log_prob has shape \[3\]: must be \[2\]"),
+        (bad_loss(reference_output=randn(2, 5)), r"reference_output has shape \[2, 5\]"),
+        (bad_loss(kl_weight=math.nan), "kl_weight = nan"),
+        (bad_loss(divisor=math.inf), "divisor = inf"),
         (bad_loss(advantages=randn(3)), r"advantages has shape \[3\]"),
         (bad_loss(advantages=randn(2, 1, 3)), r"must be \[2\], \[2, rewards\] or"),
         (bad_loss(advantages=-torch.ones(2, 1, 2)), "must be >= 0"),
@@ -321,6 +369,61 @@ def test_constants_may_require_gradients_where_none_is_taken() -> None:
         transition_log_prob(randn(1, 4), randn(1, 4).requires_grad_(), randn(1, 4), table(3))
 
 
+# ------------------------------------------------------------------ which implementation
+
+
+def test_the_choice_can_be_asked_for(implementation: str) -> None:
+    cpu, meta = torch.zeros(1), torch.zeros(1, device="meta")
+    assert selected("auto", cpu) == implementation
+    assert selected("reference", cpu) == "reference"
+    assert selected("auto", meta) == "reference"
+    assert implementations()["reference"] is None
+    assert (implementations()["native"] is None) == (implementation == "native")
+
+
+def test_a_requested_implementation_is_never_replaced(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta = torch.zeros(1, device="meta")
+    with pytest.raises(ValueError, match="implementation = 'native': .*; or use 'auto'"):
+        selected("native", meta)  # Not built, or not for this device.
+    if implementation == "reference":
+        with pytest.raises(ValueError, match="'native': hidden by a test; or use 'auto'"):
+            bad_loss(implementation="native")()
+    monkeypatch.setitem(packing._MISSING, "triton", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="'triton': it takes CUDA tensors, and these are on cpu"):
+        selected("triton", torch.zeros(1))
+    with pytest.raises(ValueError, match="computes in float32, and an input is float64"):
+        selected("triton", torch.zeros(1), torch.zeros(1, dtype=F64))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert selected("triton", torch.zeros(1)) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("version", "usable"), [("3.1.0", False), ("3.10.0+git1a2b", True), ("3.6.0", True)]
+)
+def test_an_old_triton_is_not_taken(
+    version: str, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(packing.importlib.metadata, "version", lambda name: version)
+    reason = packing._triton_missing()
+    assert reason is None if usable else f"Triton {version} is older than" in reason
+
+
+def test_auto_says_once_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(packing._MISSING, "native", "no compiler (said by a test)")
+    packing._warn_once.cache_clear()
+    for _ in range(2):
+        bad_sample()()
+    assert [record.message for record in caplog.records].count(
+        "the ops run their slower reference in plain torch: no compiler (said by a test)"
+    ) == 1
+
+
 # ------------------------------------------------------------------ the core's imports
 
 GUARD = """
@@ -333,7 +436,7 @@ class Guard:
             return None
         raise ModuleNotFoundError(f"the core imported {name}", name=name)
 
-allowed = {"dancegrpo_fast", "torch", "numpy"}
+allowed = {"dancegrpo_fast", "torch", "numpy", "triton"}  # triton is looked for only
 import numpy, torch  # what these import themselves is theirs
 before = set(sys.modules)
 sys.meta_path.insert(0, Guard())
@@ -347,7 +450,7 @@ y, old = core.sample_transition(m, torch.ones(1, 4, 4), rows, keys=keys)
 core.policy_loss(m, torch.ones(1, 4, 4), y, rows, torch.ones(1), old_log_prob=old).loss.backward()
 assert m.grad.abs().sum() > 0
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(new - allowed - sys.stdlib_module_names))
+print(sorted(new - {"dancegrpo_fast", "torch", "numpy"} - sys.stdlib_module_names))
 """
 
 

@@ -61,7 +61,7 @@ def diagnose() -> list[Line]:
         lines.append(_core_package(name))
     if any(line.mark == "missing" for line in lines):
         return lines  # Nothing below can be imported.
-    return [*lines, _cuda(), _native(), _threads(), _triton(), *_train()]
+    return [*lines, _cuda(), _native(), _cuda_noise(), _threads(), _triton(), *_train()]
 
 
 def _version(name: str) -> str | None:
@@ -131,6 +131,30 @@ def _native() -> Line:
     if not build["openmp"]:
         return Line("note", "native module", f"{text}; one thread: the compiler has no OpenMP")
     return Line("ok", "native module", f"{text}; OpenMP")
+
+
+def _cuda_noise() -> Line:
+    import torch
+
+    from dancegrpo_fast.ops import noise_cuda
+
+    name, build, driver = "cuda noise", noise_cuda.build(), _driver_cuda()
+    gpu = torch.cuda.is_available()
+    if build is None:
+        way = "put nvcc on the path and reinstall with DANCEGRPO_FAST_CUDA=ON"
+        cost = f"noise for the GPU is drawn on the CPU and copied: {way}" if gpu else "none needed"
+        return Line("note" if gpu else "ok", name, f"not compiled in; {cost}")
+    text = f"compiled by CUDA {build['toolkit']} for {build['architectures']}"
+    if driver is not None and int(build["toolkit"].split(".")[0]) > driver[0]:
+        runs = ".".join(map(str, driver))
+        return Line("note", name, f"{text}, but the driver runs CUDA up to {runs}: update it")
+    if not gpu:
+        return Line("ok", name, f"{text}; torch sees no GPU to use it on")
+    for index in range(torch.cuda.device_count()):
+        reason = noise_cuda.why_not(torch.device("cuda", index))
+        if reason is not None:
+            return Line("note", name, f"{text}; GPU {index}: {reason}")
+    return Line("ok", name, f"{text}; in use")
 
 
 def _threads() -> Line:

@@ -1,7 +1,9 @@
 """The native module `dancegrpo_fast._native`: whether it is here, and if not, why.
 
-It is built by `setup.py` from `csrc/` and takes raw pointers, so it fits every torch. It is
-optional: each op has a reference in Python that gives the same result, more slowly.
+It is built by `setup.py` from `csrc/` without torch, and reads tensors through DLPack's C exchange
+API or, where torch has none (below 2.10), through their attributes: it fits every torch. It is
+optional: each op has a reference in Python. The noise has the same bits there; the sums of the
+other ops run in another order.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ Layout (that of PyTorch's stateless Philox, `torch.func._random`): a key is a pa
 `(offset + n) mod 2**64` in words 0 and 1 (words 2 and 3 are zero) under the key `seed`; its four
 words become elements `4n .. 4n+3`. `fold_in(d)` is block `d` repacked as a new (seed, offset).
 
-The numbers themselves are defined in `noise_reference.py`; the native module gives the same bits.
+The numbers themselves are defined in `noise_reference.py`; the native module gives the same bits on
+the CPU, and its CUDA part on GPUs (`noise_cuda.py`).
 """
 
 from __future__ import annotations
@@ -17,176 +18,92 @@ import functools
 import logging
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dancegrpo_fast.ops import native, noise_reference
-from dancegrpo_fast.ops.noise_reference import MASK32, Runs, collapse, philox, philox_scalar
+from dancegrpo_fast.ops import native, noise_cuda, noise_reference
+from dancegrpo_fast.ops.keys import DrawKey, NoiseKey, as_table, keys_table
+from dancegrpo_fast.ops.noise_reference import Runs, collapse, philox
+
+__all__ = [
+    "Box",
+    "DrawKey",
+    "NoiseKey",
+    "add_normal_",
+    "implementations",
+    "keys_table",
+    "normal",
+    "normal_batch",
+    "permutation",
+    "randint",
+    "random_bits",
+    "selected",
+]
 
 _log = logging.getLogger(__name__)
 
 Box = Sequence[tuple[int, int]]
 
-_MASK64 = 0xFFFFFFFFFFFFFFFF
-# fold_in takes data below 2**63; the upper half of the blocks is for keys that are drawn from.
-_FOLD_LIMIT = 1 << 63
-_DRAW_BLOCK = _MASK64
-
-# torch dtype -> the number by which csrc/bindings.cpp knows it
+# torch dtype -> the number by which csrc/noise_cpu.h knows it
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-# ---------------------------------------------------------------------------- keys
+# ---------------------------------------------------------------------------- choosing
 
 
-def _set_u64(key: object, name: str) -> None:
-    """Checks a field of a frozen key and makes it a Python integer (NumPy's would overflow)."""
-    value = operator.index(getattr(key, name))
-    if not 0 <= value <= _MASK64:
-        where = f"{type(key).__name__}.{name}"
-        raise ValueError(f"{where} = {value}: must be in 0 .. 2**64 - 1; take it modulo 2**64")
-    object.__setattr__(key, name, value)
+def implementations(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """Who can draw numbers for a device: name -> None if it can run here, else why it cannot.
+
+    "native" and "reference" draw on the CPU; for another device the numbers are then copied.
+    """
+    found: dict[str, str | None] = {}
+    if torch.device(device).type == "cuda":
+        found["cuda"] = noise_cuda.why_not(torch.device(device))
+    return found | {"native": native.why_not(), "reference": None}
 
 
-def _child(seed: int, offset: int, block: int) -> tuple[int, int]:
-    counter = (offset + block) & _MASK64
-    x0, x1, x2, x3 = philox_scalar((counter & MASK32, counter >> 32, 0, 0), seed)
-    return x0 | x1 << 32, x2 | x3 << 32
+def selected(implementation: str = "auto", device: torch.device | str = "cpu") -> str:
+    """Which implementation a call runs: "cuda" (tensors there only), "native" or "reference".
 
-
-@dataclass(frozen=True)
-class NoiseKey:
-    """A key that other keys are derived from; never drawn from itself.
-
-    Attributes:
-        seed: Philox key, unsigned 64 bits.
-        offset: Counter of block 0, unsigned 64 bits.
+    "auto" is the first of them that can run; falling back is warned about once.
 
     Raises:
-        ValueError: A value outside 0 .. 2**64 - 1.
-    """
-
-    seed: int
-    offset: int
-
-    def __post_init__(self) -> None:
-        _set_u64(self, "seed")
-        _set_u64(self, "offset")
-
-    @classmethod
-    def from_seed(cls, seed: int) -> NoiseKey:
-        """The root key of a run: (seed, 0)."""
-        return cls(seed, 0)
-
-    def fold_in(self, data: int) -> NoiseKey:
-        """The child key numbered `data`.
-
-        Args:
-            data: 0 .. 2**63 - 1, for example a role, a prompt index or a step.
-
-        Returns:
-            A key that is statistically independent of this one and of its other children.
-
-        Raises:
-            ValueError: `data` out of range.
-        """
-        number = operator.index(data)
-        if not 0 <= number < _FOLD_LIMIT:
-            raise ValueError(f"fold_in: data = {data}: must be in 0 .. 2**63 - 1")
-        return NoiseKey(*_child(self.seed, self.offset, number))
-
-    def draw(self) -> DrawKey:
-        """The key to draw this key's numbers from: the child `2**64 - 1`.
-
-        `fold_in` cannot reach that child. So a `NoiseKey` may be folded and asked for its
-        `DrawKey` without any block of Philox being both a key and a number: the rule "folded or
-        drawn from, never both" holds by construction.
-        """
-        return DrawKey(*_child(self.seed, self.offset, _DRAW_BLOCK))
-
-
-@dataclass(frozen=True)
-class DrawKey:
-    """A key that numbers are drawn from; it has no `fold_in`.
-
-    Use one `DrawKey` for one tensor: two draws from one key repeat each other's bits.
-
-    Attributes:
-        seed: Philox key, unsigned 64 bits.
-        offset: Counter of block 0, unsigned 64 bits.
-
-    Raises:
-        ValueError: A value outside 0 .. 2**64 - 1.
-    """
-
-    seed: int
-    offset: int
-
-    def __post_init__(self) -> None:
-        _set_u64(self, "seed")
-        _set_u64(self, "offset")
-
-
-def keys_table(keys: Sequence[DrawKey]) -> torch.Tensor:
-    """Packs keys for `normal_batch`.
-
-    Args:
-        keys: n keys.
-
-    Returns:
-        int64 `[n, 2]` on the CPU: the bit patterns of (seed, offset).
-    """
-    return torch.from_numpy(_key_array(keys).view(np.int64))
-
-
-def _key_array(keys: torch.Tensor | Sequence[DrawKey]) -> np.ndarray:
-    """uint64 [n, 2], contiguous."""
-    if isinstance(keys, torch.Tensor):
-        if keys.dtype != torch.int64 or keys.dim() != 2 or keys.shape[1] != 2:
-            raise ValueError(
-                f"keys = {keys.dtype} {list(keys.shape)}: must be int64 [n, 2]; use keys_table()"
-            )
-        return np.ascontiguousarray(keys.detach().cpu().numpy()).view(np.uint64)
-    for key in keys:
-        if not isinstance(key, DrawKey):
-            raise ValueError(f"keys: {key!r} is not a DrawKey; call .draw() on a NoiseKey")
-    return np.array([(k.seed, k.offset) for k in keys], dtype=np.uint64).reshape(-1, 2)
-
-
-# ---------------------------------------------------------------------------- drawing
-
-
-def implementations() -> dict[str, str | None]:
-    """The implementations of the draw: name -> None if it can run here, else why it cannot."""
-    return {"native": native.why_not(), "reference": None}
-
-
-def selected(implementation: str = "auto") -> str:
-    """Which implementation a call with this argument runs: "native" or "reference".
-
-    Raises:
-        ValueError: Unknown name, or "native" where the module is missing.
+        ValueError: Unknown name for this device, or one that cannot run here.
     """
     if implementation == "reference":
         return "reference"
-    if implementation not in ("auto", "native"):
-        raise ValueError(
-            f"implementation = {implementation!r}: must be 'auto', 'native' or 'reference'"
-        )
-    reason = native.why_not()
-    if reason is None:
+    able = implementations(device)
+    if implementation != "auto":
+        if implementation not in able:
+            names = ["auto", *(["cuda"] if "cuda" in able else []), "native"]
+            known = f"{', '.join(map(repr, names))} or 'reference'"
+            raise ValueError(f"implementation = {implementation!r}: must be {known}")
+        if able[implementation] is not None:
+            raise ValueError(
+                f"implementation = {implementation!r}: {able[implementation]}; or use 'reference'"
+            )
+        return implementation
+    where = torch.device(device).type
+    if where != "cpu":
+        reason = able.get("cuda", "no kernel for it")
+        if reason is None:
+            return "cuda"
+        _warn_once(f"noise for {where} is drawn on the CPU and copied: {reason}")
+    if able["native"] is None:
         return "native"
-    if implementation == "native":
-        raise ValueError(f"implementation = 'native': {reason}; or use 'reference'")
-    _warn_once(f"noise is drawn by NumPy, about 30 times slower, with the same bits: {reason}")
+    _warn_once(
+        f"noise is drawn by NumPy, about 30 times slower, with the same bits: {able['native']}"
+    )
     return "reference"
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
     _log.warning(message)
+
+
+# ---------------------------------------------------------------------------- drawing
 
 
 def _round_to(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -201,17 +118,17 @@ def _round_to(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(values).to(dtype)
 
 
-def _fill(out: torch.Tensor, keys: np.ndarray, runs: Runs, name: str) -> None:
-    """Fills contiguous CPU `out` `[n, ...]` from n keys."""
+def _fill(out: torch.Tensor, keys: torch.Tensor, runs: Runs, name: str) -> None:
+    """Fills contiguous CPU `out` `[n, ...]` from n keys: int64 [n, 2], contiguous, CPU."""
     if name == "native":
         native.check_plain(out)
         native.module().normal(
-            out.data_ptr(), _DTYPES[out.dtype], keys.ctypes.data, len(keys),
+            out.data_ptr(), _DTYPES[out.dtype], keys.data_ptr(), len(keys),
             runs.base, runs.extents, runs.strides, torch.get_num_threads(),
         )  # fmt: skip
         return
     rows = out.view(len(keys), runs.count)
-    for row, key in zip(rows, keys, strict=True):
+    for row, key in zip(rows, keys.numpy().view(np.uint64), strict=True):
         values = np.empty(runs.count, np.float32)
         noise_reference.fill(values, key, runs)
         row.copy_(_round_to(values, out.dtype))
@@ -224,50 +141,71 @@ def normal_batch(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     box: Box | None = None,
+    copies: int | None = None,
     out: torch.Tensor | None = None,
     implementation: str = "auto",
 ) -> torch.Tensor:
     """Standard normals, one tensor per key.
 
+    On a CUDA device nothing waits for the GPU, and the kernel reads the keys from the device: in a
+    CUDA graph a replay draws from what the table then holds.
+
     Args:
         shape: Shape of each full tensor; element `i` is the row-major linear index in it.
-        keys: n `DrawKey`, or int64 `[n, 2]` from `keys_table`.
+        keys: n `DrawKey`, or int64 `[n, 2]` from `keys_table`. For numbers drawn on a GPU the table
+            should lie there; another one is uploaded (not possible while a graph is captured).
         dtype: float32, bfloat16, float16 (both rounded to nearest even from the float32 value) or
             float64 (the float32 value widened). None: that of `out`, else float32.
-        device: Where the result lies. None: that of `out`, else the CPU. On another device the
-            numbers are drawn on the CPU and copied; the bits are the same.
+        device: Where the result lies. None: that of `out`, else the CPU. The bits are the same
+            everywhere.
         box: (start, stop) per dimension: returns this part of the full tensor, the same bits,
             without drawing the rest. None: all of it.
+        copies: Write each draw this often, for a group of samples that share their initial noise:
+            one draw, not `copies` of them. None: once, without the dimension.
         out: Contiguous tensor to fill.
-        implementation: "auto" (native where it is built, else the reference, with one warning),
-            "native" or "reference".
+        implementation: "auto" (CUDA for CUDA devices and native for the CPU where they are built;
+            else one that can run, with one warning), "cuda", "native" or "reference"; the last two
+            draw on the CPU and copy.
 
     Returns:
-        `[n, *extent of the box]`.
+        `[n, *extent of the box]`, with copies `[n, copies, *extent of the box]`.
 
     Raises:
-        ValueError: A bad shape, box, dtype, key table, `out` or implementation.
+        ValueError: A bad shape, box, dtype, key table, `copies`, `out` or implementation.
+        RuntimeError: CUDA refuses the launch; in its words.
     """
-    name = selected(implementation)
-    shape = tuple(operator.index(size) for size in shape)
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape = {shape}: sizes must not be negative")
-    whole = tuple((0, size) for size in shape)
-    box = whole if box is None else tuple((operator.index(a), operator.index(b)) for a, b in box)
-    _check_box(shape, box)
-    table = _key_array(keys)
-    size = (len(table), *(stop - start for start, stop in box))
+    shape, box = _checked_box(shape, box)
+    table = as_table(keys)
+    repeated = () if copies is None else (operator.index(copies),)
+    if any(count < 0 for count in repeated):
+        raise ValueError(f"copies = {copies}: must not be negative")
+    size = (len(table), *repeated, *(stop - start for start, stop in box))
     dtype, device = _resolve_target(dtype, device, out, size)
+    name = selected(implementation, device)
+    runs = collapse(shape, box)
+    # Devices are named because torch's default device may be another one.
+    if name == "cuda":
+        drawn = torch.empty(size, dtype=dtype, device=device) if out is None else out
+        noise_cuda.normal(drawn, _DTYPES[dtype], table, runs, 1 if copies is None else copies)
+        return drawn
     direct = device.type == "cpu"
-    if not direct:
-        _warn_once(f"noise for {device.type} is drawn on the CPU and copied: no kernel for it yet")
-    # The device is named because torch's default device may be another one.
     host = out if direct and out is not None else torch.empty(size, dtype=dtype, device="cpu")
     if host.numel():
-        _fill(host, table, collapse(shape, box), name)
+        _fill_copies(host, table.cpu().contiguous(), runs, name, copies)
     if direct:
         return host
     return host.to(device) if out is None else out.copy_(host)
+
+
+def _fill_copies(
+    host: torch.Tensor, table: torch.Tensor, runs: Runs, name: str, copies: int | None
+) -> None:
+    if copies is None:
+        _fill(host, table, runs, name)
+        return
+    for row, key in zip(host, table.split(1), strict=True):
+        _fill(row[:1], key, runs, name)
+        row[1:] = row[:1]
 
 
 def normal(
@@ -277,6 +215,7 @@ def normal(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     box: Box | None = None,
+    copies: int | None = None,
     out: torch.Tensor | None = None,
     implementation: str = "auto",
 ) -> torch.Tensor:
@@ -285,10 +224,10 @@ def normal(
     Args:
         shape: Shape of the full tensor.
         key: The key to draw from.
-        dtype, device, box, out, implementation: As in `normal_batch`.
+        dtype, device, box, copies, out, implementation: As in `normal_batch`.
 
     Returns:
-        A tensor of `shape`, or of the extent of `box`.
+        A tensor of `shape`, or of the extent of `box`; with copies `[copies, ...]`.
 
     Raises:
         ValueError: As `normal_batch`.
@@ -299,13 +238,87 @@ def normal(
         dtype=dtype,
         device=device,
         box=box,
+        copies=copies,
         out=None if out is None else out.unsqueeze(0),
         implementation=implementation,
     )
     return batch[0] if out is None else out
 
 
-def _check_box(shape: Sequence[int], box: Box) -> None:
+def add_normal_(
+    x: torch.Tensor,
+    keys: torch.Tensor | Sequence[DrawKey],
+    scale: float | torch.Tensor = 1.0,
+    *,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """x += scale * eps in place, with eps what `normal_batch(x.shape[1:], keys)` gives.
+
+    In float32: one product, one sum, each rounded by itself, and one rounding to the dtype of x. A
+    row whose scale is 0 is left alone, so not even a NaN of its noise or of x changes.
+
+    Args:
+        x: `[n, ...]`, contiguous, float32, bfloat16 or float16.
+        keys: n keys, as in `normal_batch`.
+        scale: A number, or one per row: floating `[n]`, used as float32. On a GPU it should lie
+            there.
+        implementation: As in `normal_batch`.
+
+    Returns:
+        x.
+
+    Raises:
+        ValueError: A bad x, key table, scale or implementation; x with `requires_grad`.
+        RuntimeError: CUDA refuses the launch; in its words.
+    """
+    table = as_table(keys)
+    _check_addition(x, table, scale)
+    name = selected(implementation, x.device)
+    shape = tuple(x.shape[1:])
+    runs = collapse(shape, tuple((0, size) for size in shape))
+    if name == "cuda":
+        noise_cuda.add_normal(x, _DTYPES[x.dtype], table, runs, scale)
+        return x
+    table = table.cpu().contiguous()
+    scales = torch.as_tensor(scale, dtype=torch.float32, device="cpu").expand(len(table)).tolist()
+    rows = x.detach().view(len(table), runs.count)
+    eps = torch.empty(1, runs.count, dtype=torch.float32, device="cpu")
+    for i, s in enumerate(scales):
+        if s != 0 and runs.count:
+            _fill(eps, table[i : i + 1], runs, name)
+            rows[i] = eps.mul_(s).add_(rows[i].to("cpu", torch.float32))[0]
+    return x
+
+
+def _check_addition(x: torch.Tensor, table: torch.Tensor, scale: float | torch.Tensor) -> None:
+    native.check_plain(x)
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    if x.dtype not in allowed or x.dim() == 0 or not x.is_contiguous():
+        raise ValueError(
+            f"x = {x.dtype} {list(x.shape)}, strides {x.stride()}: must be contiguous float32, "
+            "bfloat16 or float16 [n, ...]; use x + scale * normal_batch(...)"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("x requires grad: it is changed in place; pass x.detach()")
+    if len(table) != len(x):
+        raise ValueError(f"keys has {len(table)} rows: must be {len(x)}, one per row of x")
+    if isinstance(scale, torch.Tensor) and (
+        scale.shape != (len(x),) or not scale.is_floating_point()
+    ):
+        raise ValueError(
+            f"scale = {scale.dtype} {list(scale.shape)}: must be a number or floating [{len(x)}]"
+        )
+
+
+def _checked_box(
+    shape: Sequence[int], box: Box | None
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    shape = tuple(operator.index(size) for size in shape)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape = {shape}: sizes must not be negative")
+    if box is None:
+        return shape, tuple((0, size) for size in shape)
+    box = tuple((operator.index(start), operator.index(stop)) for start, stop in box)
     if len(box) != len(shape):
         raise ValueError(f"box = {box}: needs one (start, stop) for each of the {len(shape)} dims")
     for dim, (size, (start, stop)) in enumerate(zip(shape, box, strict=True)):
@@ -313,6 +326,7 @@ def _check_box(shape: Sequence[int], box: Box) -> None:
             raise ValueError(
                 f"box[{dim}] = ({start}, {stop}): must satisfy 0 <= start <= stop <= {size}"
             )
+    return shape, box
 
 
 def _resolve_target(
@@ -340,7 +354,10 @@ def _resolve_target(
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in _DTYPES:
         raise ValueError(f"dtype = {dtype}: must be one of {', '.join(map(str, _DTYPES))}")
-    return dtype, torch.device("cpu") if where is None else where
+    where = torch.device("cpu") if where is None else where
+    if where == torch.device("cuda") and torch.cuda.is_available():
+        where = torch.device("cuda", torch.cuda.current_device())
+    return dtype, where
 
 
 # ---------------------------------------------------------------------------- integers

@@ -1,4 +1,4 @@
-"""How the arguments of the ops are checked and laid out.
+"""How the arguments of the ops are checked and laid out, and which implementation runs a call.
 
 A batch holds *states* (leading dimension of model output and latents) and their *children*
 (leading dimension of next latents, coefficients and everything per transition), packed one state
@@ -7,33 +7,159 @@ after the other: the children of state i are rows child_offsets[i] to child_offs
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import importlib.util
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from dancegrpo_fast.ops import native
+
+_log = logging.getLogger(__name__)
+
 COEFFICIENTS = 8  # a, b, s, w, c, k, p, q
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "native", "triton")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 Box = Sequence[tuple[int, int]]
 
+OLDEST_TRITON = (3, 6)  # that the kernels were compiled with
 
-def resolve(implementation: str) -> str:
-    """The implementation that a call with this argument runs.
+
+def _triton_missing() -> str | None:
+    """Looks for Triton without importing it, which takes a second."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    for distribution in ("triton", "pytorch-triton"):
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+            return f"Triton {version} is older than 3.6: use torch 2.10 or later, which brings it"
+    return None
+
+
+# Why an implementation cannot be loaded, or None. Found out while importing, because torch.compile
+# cannot trace a search for modules.
+_MISSING = {"native": native.why_not(), "triton": _triton_missing()}
+
+
+# ------------------------------------------------------------------ which implementation
+
+
+def implementations() -> dict[str, str | None]:
+    """The implementations of the ops: name -> None if it can be loaded, else why it cannot."""
+    return {**_MISSING, "reference": None}
+
+
+def resolve(implementation: str, *tensors: Tensor | None) -> str:
+    """The implementation that a call with this argument runs: the only place that chooses.
+
+    "auto" is native on the CPU and Triton on CUDA, each where it can be loaded (else the reference,
+    with one warning), and the reference for float64 on CUDA and on every other device.
+
+    Args:
+        implementation: "auto" or one of IMPLEMENTATIONS.
+        tensors: The latent-sized inputs of the call, model_output first.
 
     Raises:
-        ValueError: One that is not there; another is never taken in its place.
+        ValueError: Unknown, or one that cannot run this call; another is never taken in its place.
     """
-    if implementation == "auto":
-        return "reference"
-    if implementation in IMPLEMENTATIONS:
+    if implementation == "reference":
         return implementation
-    raise ValueError(
-        f"implementation = {implementation!r}: not available; there is "
-        f"{', '.join(IMPLEMENTATIONS)}; use one of these or 'auto'"
+    if implementation == "auto":
+        device = _device_of(tensors)
+        if device == "cpu":
+            return "native" if _loads("native") else "reference"
+        narrow = device == "cuda" and not _any_float64(tensors)
+        return "triton" if narrow and _loads("triton") else "reference"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation = {implementation!r}: not available; there is "
+            f"{', '.join(IMPLEMENTATIONS)}; use one of these or 'auto'"
+        )
+    reason = _MISSING[implementation] or _does_not_fit(implementation, tensors)
+    if reason is not None:
+        raise ValueError(
+            f"implementation = {implementation!r}: {reason}; or use 'auto' or 'reference'"
+        )
+    return implementation
+
+
+def _device_of(tensors: Sequence[Tensor | None]) -> str:
+    first = tensors[0] if tensors else None
+    if first is None or first.is_cpu:  # is_cpu: a third of the cost of device.type
+        return "cpu"
+    return first.device.type
+
+
+def _any_float64(tensors: Sequence[Tensor | None]) -> bool:
+    return any(t is not None and t.dtype == torch.float64 for t in tensors)
+
+
+def _does_not_fit(name: str, tensors: Sequence[Tensor | None]) -> str | None:
+    """Why these tensors cannot go to an implementation that is there."""
+    device = _device_of(tensors)
+    if name == "native":
+        return None if device == "cpu" else f"it takes CPU tensors, and these are on {device}"
+    if _any_float64(tensors):
+        return "Triton computes in float32, and an input is float64"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and not torch.compiler.is_compiling()
+    if device == "cuda" or (device == "cpu" and interpreted):
+        return None
+    return (
+        f"it takes CUDA tensors, and these are on {device} (its interpreter, TRITON_INTERPRET=1 "
+        "set before Triton is imported, takes CPU tensors outside torch.compile)"
     )
+
+
+def _loads(name: str) -> bool:
+    """Whether "auto" may take it; says once what is missing."""
+    reason = _MISSING[name]
+    if reason is not None and not torch.compiler.is_compiling():
+        _warn_once(f"the ops run their slower reference in plain torch: {reason}")
+    return reason is None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
+
+
+def explain(
+    refused: ValueError, check: Callable[[], object], *tensors: Tensor | None
+) -> NoReturn:
+    """Words what the native module refused: by the checks of Python, else by its own line.
+
+    Raises:
+        ValueError: Always.
+    """
+    for tensor in tensors:
+        if tensor is not None:
+            native.check_plain(tensor)
+    check()
+    raise refused
+
+
+def refuse_gradient(**constants: Tensor | None) -> None:
+    """Raises ValueError for the first of these arguments that asks for a gradient."""
+    for name, tensor in constants.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient: only model_output is differentiated; "
+                f"pass {name}.detach()"
+            )
+
+
+# ------------------------------------------------------------------ layout and checks
 
 
 def values_readable(tensor: Tensor) -> bool:
@@ -46,6 +172,12 @@ def shape_error(name: str, tensor: Tensor, expected: object) -> ValueError:
     return ValueError(f"{name} has shape {list(tensor.shape)}: must be {expected}")
 
 
+def check_divisor(divisor: float | None) -> None:
+    """Refuses a divisor that is not a positive number."""
+    if divisor is not None and not 0 < divisor < math.inf:
+        raise ValueError(f"divisor = {divisor}: must be a positive number")
+
+
 @dataclass(frozen=True)
 class Packing:
     """The checked layout of one call.
@@ -56,9 +188,10 @@ class Packing:
         dims: Shape of one latent.
         slices: The action box as an index over `dims`.
         numel: Elements of the action box.
-        parent: int64 [children], the state of each child; None where each state has one child.
+        offsets: int64 [states + 1]; None where each state has one child.
         dtype: What everything is computed in: float64 if a latent-sized input is, else float32.
         device: Where all tensors lie.
+        names: What a public function calls an argument, where it is not its name here.
     """
 
     states: int
@@ -66,9 +199,10 @@ class Packing:
     dims: tuple[int, ...]
     slices: tuple[slice, ...]
     numel: int
-    parent: Tensor | None
+    offsets: Tensor | None
     dtype: torch.dtype
     device: torch.device
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """[n, *dims] -> [n, numel]: the action box, flat, in the compute dtype."""
@@ -76,32 +210,48 @@ class Packing:
 
     def per_child(self, tensor: Tensor) -> Tensor:
         """[states, ...] -> [children, ...]."""
-        return tensor if self.parent is None else tensor.index_select(0, self.parent)
+        if self.offsets is None:
+            return tensor
+        # With output_size the result's shape is known without asking the device.
+        index = torch.arange(self.states, device=self.device)
+        parents = torch.repeat_interleave(index, self.offsets.diff(), output_size=self.children)
+        return tensor.index_select(0, parents)
 
-    def check(self, name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-        """Returns `tensor` if it has this shape, lies on the device and is floating.
+    def vector(self, values: Tensor | None, count: int) -> Tensor:
+        """[count] in the compute dtype; ones for None."""
+        if values is None:
+            return torch.ones(count, dtype=self.dtype, device=self.device)
+        return values.to(self.dtype)
+
+    def check(self, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+        """Checks that `tensor` has this shape, lies on the device and is floating; None passes.
 
         Raises:
             ValueError: Names the argument, what it is and what it must be.
         """
-        if tensor.shape != torch.Size(shape):
+        if tensor is None:
+            return
+        name = self.names.get(name, name)
+        if tuple(tensor.shape) != tuple(shape):
             raise shape_error(name, tensor, list(shape))
         if tensor.device != self.device:
             raise ValueError(f"{name} is on {tensor.device}: must be on {self.device}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is {tensor.dtype}: must be a floating dtype")
-        return tensor
 
 
 def pack(
     model_output: Tensor,
     latents: Tensor,
-    coefficients: Tensor,
+    coefficients: Tensor | None,
     child_offsets: Tensor | None,
     action_box: Box | None,
-    *more: Tensor | None,
+    next_latents: Tensor | None = None,
+    reference_output: Tensor | None = None,
+    old_output: Tensor | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Packing:
-    """Checks the arguments that all ops share; `more` are latent-sized inputs, for the dtype.
+    """Checks the arguments that all ops share; without coefficients each state has one child.
 
     Raises:
         ValueError: A shape, dtype, device, offset or box that does not fit.
@@ -109,24 +259,31 @@ def pack(
     if model_output.dim() < 2:
         raise shape_error("model_output", model_output, "[states, ...] with at least 2 dimensions")
     states, dims = model_output.shape[0], tuple(model_output.shape[1:])
-    if coefficients.dim() != 2 or coefficients.shape[1] != COEFFICIENTS:
-        raise shape_error("coefficients", coefficients, f"[children, {COEFFICIENTS}]")
-    children = coefficients.shape[0]
-    sizes = [t.dtype for t in (model_output, latents, *more) if t is not None]
+    children = states
+    if coefficients is not None:
+        if coefficients.dim() != 2 or coefficients.shape[1] != COEFFICIENTS:
+            raise shape_error("coefficients", coefficients, f"[children, {COEFFICIENTS}]")
+        children = coefficients.shape[0]
+    sized = (model_output, latents, next_latents, reference_output, old_output)
     slices = _slices(dims, action_box)
+    _check_offsets(states, children, child_offsets, model_output.device)
     packing = Packing(
         states=states,
         children=children,
         dims=dims,
         slices=slices,
         numel=math.prod([part.stop - part.start for part in slices]),
-        parent=_parents(states, children, child_offsets, model_output.device),
-        dtype=torch.float64 if torch.float64 in sizes else torch.float32,
+        offsets=child_offsets,
+        dtype=torch.float64 if _any_float64(sized) else torch.float32,
         device=model_output.device,
+        names=names or {},
     )
     packing.check("model_output", model_output, (states, *dims))
     packing.check("latents", latents, (states, *dims))
     packing.check("coefficients", coefficients, (children, COEFFICIENTS))
+    packing.check("next_latents", next_latents, (children, *dims))
+    packing.check("reference_output", reference_output, (states, *dims))
+    packing.check("old_output", old_output, (states, *dims))
     return packing
 
 
@@ -145,16 +302,16 @@ def _slices(dims: tuple[int, ...], action_box: Box | None) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in box)
 
 
-def _parents(
+def _check_offsets(
     states: int, children: int, offsets: Tensor | None, device: torch.device
-) -> Tensor | None:
+) -> None:
     if offsets is None:
         if children != states:
             raise ValueError(
                 f"coefficients has {children} rows for {states} states: without child_offsets each "
                 "state has one child"
             )
-        return None
+        return
     if offsets.dtype != torch.int64 or offsets.shape != (states + 1,):
         raise ValueError(
             f"child_offsets is {offsets.dtype} {list(offsets.shape)}: must be int64 "
@@ -162,14 +319,11 @@ def _parents(
         )
     if offsets.device != device:
         raise ValueError(f"child_offsets is on {offsets.device}: must be on {device}")
-    counts = offsets.diff()
-    if values_readable(offsets):
-        first, last = int(offsets[0]), int(offsets[-1])
-        if first != 0 or last != children or bool((counts < 0).any()):
-            raise ValueError(
-                f"child_offsets runs from {first} to {last}: must rise from 0 to {children}, the "
-                "number of children"
-            )
-    # With output_size the result's shape is known without asking the device.
-    index = torch.arange(states, device=device)
-    return torch.repeat_interleave(index, counts, output_size=children)
+    if not values_readable(offsets):
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0 or last != children or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"child_offsets runs from {first} to {last}: must rise from 0 to {children}, the "
+            "number of children"
+        )

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.ops import reference
-from dancegrpo_fast.ops.packing import Box, Packing, pack, resolve, shape_error, values_readable
-from dancegrpo_fast.ops.transition import refuse_gradient
+from dancegrpo_fast.ops import autograd, native, reference, registered
+from dancegrpo_fast.ops.packing import (
+    Box,
+    Packing,
+    check_divisor,
+    explain,
+    pack,
+    refuse_gradient,
+    resolve,
+    shape_error,
+    values_readable,
+)
 
 POLICY_METRICS = (
     "children",
@@ -23,6 +33,7 @@ POLICY_METRICS = (
     "ratio_deviation_square",
     "clipped_low",
     "clipped_high",
+    "old_distance",
 )
 """Names of `PolicyLoss.metrics`. All are sums over the children of weight > 0, so the tensors of
 micro-batches and ranks are added; divide by `children` for means afterwards.
@@ -31,6 +42,7 @@ children: how many. weight: the weights. policy: the clipped objective before th
 weight k mean((m - m_ref)^2), 0 without a reference output. The loss is (policy + kl_weight kl) /
 divisor where children of weight 0 have no advantage. log_prob. ratio: rho. ratio_deviation:
 |rho - 1|, and its square. clipped_low, clipped_high: how many rho are below, above the clip range.
+old_distance: weight mean((m - m_old)^2), 0 without an old output.
 """
 
 
@@ -96,7 +108,7 @@ def policy_loss(
         old_output: m_old, [states, ...]: normalises the ratio as GRPO-Guard does,
             rho = exp((log_prob - old_log_prob + w b^2 mean((m - m_old)^2)) s). Needs old_log_prob.
         action_box: (start, stop) for each dimension of a latent. None: everything.
-        implementation: "auto" or "reference".
+        implementation: "auto", "native", "triton" or "reference" (`ops.selected`).
 
     Returns:
         Loss, log-probs and metrics.
@@ -110,80 +122,137 @@ def policy_loss(
     Source: PPO, arXiv 1707.06347, equation 7; DanceGRPO, arXiv 2505.07818; GRPO-Guard, arXiv
     2510.22319.
     """
-    resolve(implementation)
-    packing = pack(
-        model_output, latents, coefficients, child_offsets, action_box,
-        next_latents, reference_output, old_output,
+    low, high = clip_bounds(clip_range)
+    args = (
+        latents, next_latents, coefficients, advantages, old_log_prob, weights, child_offsets,
+        reward_weights, reference_output, old_output, low, high, divisor, kl_weight, action_box,
+        1.0, None,
     )  # fmt: skip
-    refuse_gradient(
-        latents=latents, next_latents=next_latents, coefficients=coefficients,
-        advantages=advantages, old_log_prob=old_log_prob, weights=weights,
-        reward_weights=reward_weights, reference_output=reference_output, old_output=old_output,
-    )  # fmt: skip
-    low, high = _clip_bounds(clip_range)
-    _check_scalars(divisor, kl_weight, reference_output, old_output, old_log_prob)
-    count, dtype = packing.children, packing.dtype
-    packing.check("next_latents", next_latents, (count, *packing.dims))
-    parts = _advantage_parts(packing, advantages)
-    per_reward = _vector(packing, "reward_weights", reward_weights, parts.shape[1])
-    weight = _vector(packing, "weights", weights, count)
-    table = coefficients.to(dtype)
-    if values_readable(table):
-        _check_values(table, parts, weight, divisor)
+    return clipped_loss(model_output, args, implementation)
 
-    m = packing.rows(model_output)
+
+def clipped_loss(
+    m: Tensor,
+    args: tuple[Any, ...],
+    implementation: str,
+    names: Mapping[str, str] | None = None,
+) -> PolicyLoss:
+    """The core that `policy_loss` and `awm_loss` share: they differ in coefficients only.
+
+    Args:
+        m: The model output.
+        args: x, y, table, advantages, old_log_prob, weights, offsets, reward_weights, ref, old,
+            low, high, divisor, kl_weight, box, power, old_penalty: what the kernels take. power is
+            that of `reference.link`; old_penalty None: `old` normalises the ratio, else it is the
+            factor of the penalty weight mean((m - old)^2).
+        implementation: As in `policy_loss`.
+        names: What the caller's public arguments are called, for errors.
+    """
+    tensors = (m, *args[:10])
+    if torch.is_grad_enabled():
+        for constant in tensors[1:]:
+            if constant is not None and constant.requires_grad:
+                _refuse_gradients(args, names or {})
+    name = resolve(implementation, m, args[0], args[1], args[8], args[9])
+    if name == "native" and not torch.compiler.is_compiling():
+        try:
+            return PolicyLoss(*autograd.policy_loss(name, m, args))
+        except native.module().Refused as error:
+            refused = error
+        explain(refused, lambda: _check(m, args, names), *tensors)
+    packing = _check(m, args, names)
+    if name == "reference":
+        return _reference(packing, m, args)
+    if torch.compiler.is_compiling():
+        *head, divisor, kl_weight, box, power, old_penalty = args
+        tail = (registered.scalar(divisor), kl_weight, registered.flat(box), power, old_penalty)
+        loss, log_prob, metrics, _ = registered.policy_loss(m, *head, *tail)
+        return PolicyLoss(loss, log_prob, metrics)
+    return PolicyLoss(*autograd.policy_loss(name, m, args))
+
+
+def _refuse_gradients(args: tuple[Any, ...], names: Mapping[str, str]) -> None:
+    own = (
+        "latents", "next_latents", "coefficients", "advantages", "old_log_prob", "weights",
+        "child_offsets", "reward_weights", "reference_output", "old_output",
+    )  # fmt: skip
+    refuse_gradient(**{names.get(n, n): t for n, t in zip(own, args, strict=False)})
+
+
+def _check(m: Tensor, args: tuple[Any, ...], names: Mapping[str, str] | None) -> Packing:
+    """Everything that can be said without computing; values on the CPU only."""
+    (x, y, table, advantages, old_log_prob, weights, offsets, reward_weights, ref, old,
+     _, _, divisor, kl_weight, box, _, old_penalty) = args  # fmt: skip
+    packing = pack(m, x, table, offsets, box, y, ref, old, names)
+    check_scalars(divisor, kl_weight, ref)
+    if old is not None and old_log_prob is None and old_penalty is None:
+        raise ValueError(
+            "old_output without old_log_prob: ratio normalisation compares with the policy that "
+            "made old_output; pass its log-probs too"
+        )
+    n, shape = packing.children, tuple(advantages.shape)
+    if len(shape) not in (1, 2, 3) or shape[0] != n or shape[2:] not in ((), (2,)):
+        raise shape_error("advantages", advantages, f"[{n}], [{n}, rewards] or [{n}, rewards, 2]")
+    packing.check("advantages", advantages, shape)
+    packing.check("reward_weights", reward_weights, shape[1:2] or (1,))
+    packing.check("weights", weights, (n,))
+    packing.check("old_log_prob", old_log_prob, (n,))
+    if values_readable(table):
+        parts = _advantage_parts(packing, advantages)
+        _check_values(packing, table, parts, packing.vector(weights, n), divisor)
+    return packing
+
+
+def _reference(packing: Packing, m: Tensor, args: tuple[Any, ...]) -> PolicyLoss:
+    (x, y, table, advantages, old_log_prob, weights, _, reward_weights, ref, old,
+     low, high, divisor, kl_weight, _, power, old_penalty) = args  # fmt: skip
+    table, m = table.to(packing.dtype), packing.rows(m)
+    parts = _advantage_parts(packing, advantages)
+    per_reward = packing.vector(reward_weights, parts.shape[1])
+    weight = packing.vector(weights, packing.children)
     log_prob = reference.log_prob(
-        packing.per_child(packing.rows(latents)),
-        packing.per_child(m),
-        packing.rows(next_latents),
-        table,
+        packing.per_child(packing.rows(x)), packing.per_child(m), packing.rows(y), table, power
     )
-    old = log_prob.detach()
-    if old_log_prob is not None:
-        old = packing.check("old_log_prob", old_log_prob, (count,)).to(dtype)
-    if old_output is None:
-        ratio = reference.ratio(log_prob, old)
-    else:
-        drift = _distance(packing, m, "old_output", old_output)
-        ratio = reference.normalised_ratio(log_prob, old, drift, table)
+    old_lp = log_prob.detach() if old_log_prob is None else old_log_prob.to(packing.dtype)
+    kl = old_distance = torch.zeros_like(weight)
+    if ref is not None:
+        kl = weight * table[:, 5] * _distance(packing, m, ref)
+    ratio = reference.ratio(log_prob, old_lp)
+    if old is not None:
+        drift = _distance(packing, m, old)
+        old_distance = weight * drift
+        if old_penalty is None:
+            ratio = reference.normalised_ratio(log_prob, old_lp, drift, table)
     surrogate = reference.clipped_surrogate(ratio, parts[..., 0], low, high)
     surrogate = surrogate + reference.clipped_surrogate(ratio, parts[..., 1], low, high)
     policy = (surrogate * per_reward).sum(1)
-    kl = torch.zeros_like(weight)
-    if reference_output is not None:
-        kl = weight * table[:, 5] * _distance(packing, m, "reference_output", reference_output)
-    total = policy.sum() if kl_weight == 0 else policy.sum() + kl_weight * kl.sum()
+    total = policy.sum()
+    # A weight of 0 only measures: NaN stays out of the loss.
+    if kl_weight != 0:
+        total = total + kl_weight * kl.sum()
+    if old_penalty is not None and old_penalty != 0:
+        total = total + old_penalty * old_distance.sum()
     loss = total / (weight.sum() if divisor is None else divisor)
-    metrics = _metrics(weight, policy, kl, log_prob, ratio, low, high)
+    metrics = _metrics(weight, policy, kl, old_distance, log_prob, ratio, low, high)
     return PolicyLoss(loss, log_prob.detach(), metrics)
 
 
-def _distance(packing: Packing, m: Tensor, name: str, other: Tensor) -> Tensor:
+def _distance(packing: Packing, m: Tensor, other: Tensor) -> Tensor:
     """mean((m - other)^2) per child; m is [states, numel]."""
-    packing.check(name, other, (packing.states, *packing.dims))
     return packing.per_child(reference.mean_square(m - packing.rows(other)))
-
-
-def _vector(packing: Packing, name: str, values: Tensor | None, count: int) -> Tensor:
-    if values is None:
-        return torch.ones(count, dtype=packing.dtype, device=packing.device)
-    return packing.check(name, values, (count,)).to(packing.dtype)
 
 
 def _advantage_parts(packing: Packing, advantages: Tensor) -> Tensor:
     """[children, R, 2]: the positive and the negative part."""
-    shape = tuple(advantages.shape)
-    if len(shape) not in (1, 2, 3) or shape[0] != packing.children or shape[2:] not in ((), (2,)):
-        n = packing.children
-        raise shape_error("advantages", advantages, f"[{n}], [{n}, rewards] or [{n}, rewards, 2]")
-    values = packing.check("advantages", advantages, shape).to(packing.dtype)
-    if len(shape) == 3:
+    values = advantages.to(packing.dtype)
+    if values.dim() == 3:
         return values
-    values = values.reshape(packing.children, -1) if len(shape) == 2 else values[:, None]
+    values = values[:, None] if values.dim() == 1 else values
     return torch.stack((values.clamp(min=0), values.clamp(max=0)), dim=-1)
 
 
-def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
+def clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
+    """(low, high) of the clip range [1 - low, 1 + high]."""
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     if not (0 <= low <= 1 and 0 <= high < math.inf):
         raise ValueError(
@@ -192,15 +261,12 @@ def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]
     return low, high
 
 
-def _check_scalars(
-    divisor: float | None,
-    kl_weight: float,
-    reference_output: Tensor | None,
-    old_output: Tensor | None,
-    old_log_prob: Tensor | None,
+def check_scalars(
+    divisor: float | None, kl_weight: float, reference_output: Tensor | None
 ) -> None:
-    if divisor is not None and not 0 < divisor < math.inf:
-        raise ValueError(f"divisor = {divisor}: must be a positive number")
+    """Refuses a divisor or KL weight out of range."""
+    if not torch.compiler.is_compiling():
+        check_divisor(divisor)
     if not 0 <= kl_weight < math.inf:
         raise ValueError(f"kl_weight = {kl_weight}: must be a finite number, at least 0")
     if kl_weight > 0 and reference_output is None:
@@ -208,28 +274,31 @@ def _check_scalars(
             f"kl_weight = {kl_weight} without reference_output: pass the reference model's output, "
             "or kl_weight = 0"
         )
-    if old_output is not None and old_log_prob is None:
-        raise ValueError(
-            "old_output without old_log_prob: ratio normalisation compares with the policy that "
-            "made old_output; pass its log-probs too"
-        )
 
 
-def _check_values(table: Tensor, parts: Tensor, weight: Tensor, divisor: float | None) -> None:
+def check_weights(weight: Tensor, divisor: float | None) -> None:
+    """Refuses weights below 0, and a sum of 0 that would have to divide; reads values."""
+    if bool((weight < 0).any()):
+        raise ValueError(f"weights has the minimum {float(weight.min())}: must be at least 0")
+    if divisor is None and not bool(weight.sum() > 0):
+        raise ValueError("weights sum to 0 and divisor is None: pass the divisor of the update")
+
+
+def _check_values(
+    packing: Packing, table: Tensor, parts: Tensor, weight: Tensor, divisor: float | None
+) -> None:
     if bool((parts[..., 0] < 0).any()) or bool((parts[..., 1] > 0).any()):
         raise ValueError(
             "advantages[..., 0] must be >= 0 and advantages[..., 1] <= 0: they are the sums of the "
             "positive and of the negative advantages; pass [children, rewards] to have them split"
         )
-    if bool((weight < 0).any()):
-        raise ValueError(f"weights has the minimum {float(weight.min())}: must be at least 0")
-    if divisor is None and not bool(weight.sum() > 0):
-        raise ValueError("weights sum to 0 and divisor is None: pass the divisor of the update")
+    check_weights(weight, divisor)
     used = (weight != 0) | (parts != 0).any(-1).any(-1)
     without = (table[:, 3] == 0) & used
     if bool(without.any()):
+        name = packing.names.get("coefficients", "coefficients")
         raise ValueError(
-            f"coefficients[{int(without.nonzero()[0])}] has w = 0 (no density: an ODE step) but an "
+            f"{name}[{int(without.nonzero()[0])}] has w = 0 (no density: an ODE step) but an "
             "advantage or weight: a deterministic step has no ratio; set both to 0 or leave it out"
         )
 
@@ -238,6 +307,7 @@ def _metrics(
     weight: Tensor,
     policy: Tensor,
     kl: Tensor,
+    old_distance: Tensor,
     log_prob: Tensor,
     ratio: Tensor,
     low: float,
@@ -256,5 +326,6 @@ def _metrics(
         deviation * deviation,
         (ratio < 1.0 - low).to(weight.dtype),
         (ratio > 1.0 + high).to(weight.dtype),
+        old_distance.detach(),
     )
     return torch.where(active, torch.stack(per_child), 0.0).sum(1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 CHUNK = 4096
+LINK_SHIFT = 1e-10
 
 
 def _power_of_two(count: int) -> int:
@@ -47,21 +48,37 @@ class _ChunkedSum(torch.autograd.Function):
         return gradient[:, None].expand(-1, ctx.numel)
 
 
-def mean_square(values: Tensor) -> Tensor:
-    """[n, numel] -> [n], the mean of squares on the fixed grid."""
-    total: Tensor = _ChunkedSum.apply(values * values)
+def mean(values: Tensor) -> Tensor:
+    """[n, numel] -> [n], the mean on the fixed grid."""
+    total: Tensor = _ChunkedSum.apply(values)
     return total / values.shape[1]
 
 
-def mean(x: Tensor, m: Tensor, table: Tensor) -> Tensor:
+def mean_square(values: Tensor) -> Tensor:
+    """[n, numel] -> [n], the mean of squares on the fixed grid."""
+    return mean(values * values)
+
+
+def center(x: Tensor, m: Tensor, table: Tensor) -> Tensor:
     """a x + b m: [n, numel] from states and model outputs [n, numel] and coefficients [n, 8]."""
     return table[:, 0:1] * x + table[:, 1:2] * m
 
 
-def log_prob(x: Tensor, m: Tensor, x_next: Tensor, table: Tensor) -> Tensor:
-    """-w mean((x' - (a x + b m))^2) + c: [n]."""
-    residual = x_next - mean(x, m, table)
-    return table[:, 4] - table[:, 3] * mean_square(residual)
+def link(error: Tensor, power: float) -> Tensor:
+    """What the log-prob takes of a mean square: itself (power 1), or a power of it.
+
+    ((e + 1e-10)^power - (1e-10)^power) / power: AWM's Huber-like forms; the shift keeps the slope
+    at e = 0 finite.
+    """
+    if power == 1:
+        return error
+    return ((error + LINK_SHIFT) ** power - LINK_SHIFT**power) / power
+
+
+def log_prob(x: Tensor, m: Tensor, x_next: Tensor, table: Tensor, power: float = 1) -> Tensor:
+    """-w link(mean((x' - (a x + b m))^2)) + c: [n]."""
+    residual = x_next - center(x, m, table)
+    return table[:, 4] - table[:, 3] * link(mean_square(residual), power)
 
 
 def add_noise(center: Tensor, noise: Tensor, table: Tensor) -> Tensor:
@@ -90,3 +107,22 @@ def clipped_surrogate(ratio: Tensor, part: Tensor, low: float, high: float) -> T
     """max(-A rho, -A clip(rho)) for advantages of one sign, [n, R]."""
     clipped = ratio.clamp(1.0 - low, 1.0 + high)
     return torch.maximum(-part * ratio[:, None], -part * clipped[:, None])
+
+
+def nft_branch(error: Tensor, minimum: float) -> tuple[Tensor, Tensor]:
+    """DiffusionNFT's loss of one branch, mean(e^2) / w, and its scale w = max(mean|e|, minimum).
+
+    Args:
+        error: Predicted minus true clean latents, [n, numel].
+        minimum: Lower bound of w.
+
+    Returns:
+        Loss and scale, [n] each. The scale is a constant of the gradient.
+    """
+    scale = mean(error.detach().abs()).clamp(min=minimum)
+    return mean_square(error) / scale, scale
+
+
+def nft_probability(advantages: Tensor, advantage_clip: float) -> Tensor:
+    """The advantage in [-clip, clip] as the probability of being optimal, in [0, 1]."""
+    return (advantages / (2 * advantage_clip) + 0.5).clamp(0, 1)

@@ -8,10 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dancegrpo_fast.ops import autograd, native, reference, registered
 from dancegrpo_fast.ops import noise as noise_ops
-from dancegrpo_fast.ops import reference
 from dancegrpo_fast.ops.noise import DrawKey
-from dancegrpo_fast.ops.packing import Box, Packing, pack, resolve, values_readable
+from dancegrpo_fast.ops.packing import (
+    DTYPES,
+    Box,
+    Packing,
+    explain,
+    pack,
+    refuse_gradient,
+    resolve,
+    values_readable,
+)
 
 
 class SampledTransition(NamedTuple):
@@ -27,7 +36,6 @@ class SampledTransition(NamedTuple):
     log_prob: Tensor
 
 
-@torch.no_grad()
 def sample_transition(
     model_output: Tensor,
     latents: Tensor,
@@ -52,13 +60,14 @@ def sample_transition(
         coefficients: [children, 8]: a, b, s, w, c, k, p, q (`transitions.coefficient_table`).
         keys: One noise key per child: int64 [children, 2] or `DrawKey` objects. Element i of a
             latent takes element i of its key's normal, box or no box. Children with s = 0 use none.
+            For Triton upload the table once: a CPU table is copied in every call.
         noise: eps, [children, ...], instead of keys.
         child_offsets: int64 [states + 1]: state i has the children child_offsets[i] up to
             child_offsets[i + 1]. None: one child each.
         action_box: (start, stop) for each dimension of a latent. Elements outside it are copied
             from `latents` and enter no mean. None: everything.
         latent_dtype: dtype of the result; None: that of `latents`.
-        implementation: "auto" or "reference".
+        implementation: "auto", "native", "triton" or "reference" (`ops.selected`).
 
     Returns:
         The next latents and their log-probs.
@@ -68,14 +77,87 @@ def sample_transition(
             where a child needs noise, or an implementation that is not there. On a device values
             are not read: without keys and noise, children with s > 0 come out as NaN.
     """
-    resolve(implementation)
-    packing = pack(model_output, latents, coefficients, child_offsets, action_box)
+    dtype = latent_dtype or latents.dtype
+    if not (keys is None or isinstance(keys, Tensor)):
+        keys = noise_ops.keys_table(keys)
+    args = (latents, coefficients, keys, noise, child_offsets, action_box, dtype)
+    name = resolve(implementation, model_output, latents)
+    if name == "native" and not torch.compiler.is_compiling():
+        kernels, threads = autograd.kernels_of(name)
+        try:
+            return SampledTransition(*kernels.sample_transition(model_output, *args, *threads))
+        except kernels.Refused as error:
+            refused = error
+        explain(refused, lambda: _check_sample(model_output, *args), model_output, *args[:5])
+    packing = _check_sample(model_output, *args)
+    with torch.no_grad():
+        if name == "reference":
+            return _sample(packing, model_output, *args)
+        if keys is not None:
+            keys = keys.to(model_output.device)
+        inputs = (latents, coefficients, keys, noise, child_offsets)
+        if torch.compiler.is_compiling():
+            box = registered.flat(action_box)
+            drawn = registered.sample_transition(model_output, *inputs, box, dtype)
+        else:
+            kernels, _ = autograd.kernels_of(name)
+            drawn = kernels.sample_transition(model_output, *inputs, action_box, dtype)
+        return SampledTransition(*drawn)
+
+
+def _check_sample(
+    m: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    keys: Tensor | None,
+    noise: Tensor | None,
+    child_offsets: Tensor | None,
+    action_box: Box | None,
+    dtype: torch.dtype,
+) -> Packing:
+    packing = pack(m, x, coefficients, child_offsets, action_box)
+    if keys is not None and noise is not None:
+        raise ValueError("keys and noise are both given: pass one of them")
+    packing.check("noise", noise, (packing.children, *packing.dims))
+    if keys is not None:
+        if keys.dtype != torch.int64 or keys.dim() != 2 or keys.shape[1] != 2:
+            raise ValueError(
+                f"keys = {keys.dtype} {list(keys.shape)}: must be int64 [children, 2]; "
+                "use keys_table()"
+            )
+        if len(keys) != packing.children:
+            raise ValueError(
+                f"keys has {len(keys)} rows: must be {packing.children}, one per child"
+            )
+    stochastic = coefficients[:, 2] > 0
+    if keys is None and noise is None and values_readable(stochastic) and bool(stochastic.any()):
+        raise ValueError(
+            f"keys and noise are both None: child {int(stochastic.nonzero()[0])} has s > 0; "
+            "pass keys (one per child) or noise"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"latent_dtype = {dtype}: must be one of {', '.join(map(str, DTYPES))}")
+    return packing
+
+
+def _sample(
+    packing: Packing,
+    model_output: Tensor,
+    latents: Tensor,
+    coefficients: Tensor,
+    keys: Tensor | None,
+    noise: Tensor | None,
+    child_offsets: Tensor | None,
+    action_box: Box | None,
+    dtype: torch.dtype,
+) -> SampledTransition:
+    """The reference."""
     table = coefficients.to(packing.dtype)
     eps = _noise_rows(packing, table, keys, noise)
     x = packing.per_child(packing.rows(latents))
     m = packing.per_child(packing.rows(model_output))
-    center = reference.mean(x, m, table)
-    stored = reference.add_noise(center, eps, table).to(latent_dtype or latents.dtype)
+    center = reference.center(x, m, table)
+    stored = reference.add_noise(center, eps, table).to(dtype)
     log_prob = reference.log_prob(x, m, stored.to(packing.dtype), table)
     boxed = (packing.children, *(part.stop - part.start for part in packing.slices))
     if boxed[1:] == packing.dims:
@@ -86,30 +168,15 @@ def sample_transition(
 
 
 def _noise_rows(
-    packing: Packing,
-    table: Tensor,
-    keys: Tensor | Sequence[DrawKey] | None,
-    noise: Tensor | None,
+    packing: Packing, table: Tensor, keys: Tensor | None, noise: Tensor | None
 ) -> Tensor:
     """eps as [children, numel]."""
-    if keys is not None and noise is not None:
-        raise ValueError("keys and noise are both given: pass one of them")
     if noise is not None:
-        packing.check("noise", noise, (packing.children, *packing.dims))
         return packing.rows(noise)
-    stochastic = table[:, 2] > 0
     if keys is None:
-        if values_readable(table) and bool(stochastic.any()):
-            raise ValueError(
-                f"keys and noise are both None: child {int(stochastic.nonzero()[0])} has s > 0; "
-                "pass keys (one per child) or noise"
-            )
         return table.new_full((packing.children, 1), float("nan"))
-    if len(keys) != packing.children:
-        raise ValueError(f"keys has {len(keys)} rows: must be {packing.children}, one per child")
-    keys = keys if isinstance(keys, Tensor) else noise_ops.keys_table(keys)
     # Unused keys are skipped only where looking costs nothing; drawing from them changes no value.
-    used = stochastic.nonzero()[:, 0] if values_readable(table) else None
+    used = (table[:, 2] > 0).nonzero()[:, 0] if values_readable(table) else None
     drawn = noise_ops.normal_batch(
         packing.dims,
         keys if used is None else keys[used.to(keys.device)],
@@ -145,7 +212,7 @@ def transition_log_prob(
         child_offsets: int64 [states + 1]; None: one child each.
         action_box: (start, stop) for each dimension of a latent; only these elements enter the
             mean. None: everything.
-        implementation: "auto" or "reference".
+        implementation: "auto", "native", "triton" or "reference" (`ops.selected`).
 
     Returns:
         [children] float32 (or float64).
@@ -154,25 +221,95 @@ def transition_log_prob(
         ValueError: Shapes, dtypes or devices that do not fit, latents or next_latents that require
             a gradient, or an implementation that is not there.
     """
-    resolve(implementation)
-    packing = pack(model_output, latents, coefficients, child_offsets, action_box, next_latents)
-    packing.check("next_latents", next_latents, (packing.children, *packing.dims))
-    refuse_gradient(latents=latents, next_latents=next_latents, coefficients=coefficients)
-    return reference.log_prob(
-        packing.per_child(packing.rows(latents)),
-        packing.per_child(packing.rows(model_output)),
-        packing.rows(next_latents),
-        coefficients.to(packing.dtype),
+    if torch.is_grad_enabled():
+        refuse_gradient(latents=latents, next_latents=next_latents, coefficients=coefficients)
+    args = (latents, next_latents, coefficients, child_offsets, action_box)
+    name = resolve(implementation, model_output, latents, next_latents)
+    if name == "native" and not torch.compiler.is_compiling():
+        try:
+            return autograd.transition_log_prob(name, model_output, args)
+        except native.module().Refused as error:
+            refused = error
+        explain(refused, lambda: _check_log_prob(model_output, *args), model_output, *args[:4])
+    packing = _check_log_prob(model_output, *args)
+    if name == "reference":
+        return reference.log_prob(
+            packing.per_child(packing.rows(latents)),
+            packing.per_child(packing.rows(model_output)),
+            packing.rows(next_latents),
+            coefficients.to(packing.dtype),
+        )
+    if torch.compiler.is_compiling():
+        box = registered.flat(action_box)
+        return registered.transition_log_prob(model_output, *args[:4], box)
+    return autograd.transition_log_prob(name, model_output, args)
+
+
+def _check_log_prob(
+    m: Tensor,
+    x: Tensor,
+    y: Tensor,
+    coefficients: Tensor,
+    child_offsets: Tensor | None,
+    action_box: Box | None,
+) -> Packing:
+    return pack(m, x, coefficients, child_offsets, action_box, y)
+
+
+def transition_mean(
+    model_output: Tensor,
+    latents: Tensor,
+    coefficients: Tensor,
+    *,
+    child_offsets: Tensor | None = None,
+    action_box: Box | None = None,
+) -> Tensor:
+    """a x + b m of every child: where the transition points to, without its noise.
+
+    Plain torch on any device, differentiable with respect to `model_output` and `latents`. It takes
+    the same roundings as `sample_transition`.
+
+    Args:
+        model_output: m, [states, ...].
+        latents: x, the same shape.
+        coefficients: [children, 8]: a, b, s, w, c, k, p, q.
+        child_offsets: int64 [states + 1]; None: one child each.
+        action_box: (start, stop) for each dimension of a latent; outside it the result is x.
+
+    Returns:
+        [children, ...] float32 (float64 if an input is).
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit.
+    """
+    packing = pack(model_output, latents, coefficients, child_offsets, action_box)
+    return _affine(packing, model_output, latents, coefficients[:, 0:2])
+
+
+def x0_estimate(
+    model_output: Tensor,
+    latents: Tensor,
+    coefficients: Tensor,
+    *,
+    child_offsets: Tensor | None = None,
+    action_box: Box | None = None,
+) -> Tensor:
+    """p x + q m of every child: the clean latents that the model predicts.
+
+    Arguments, result and errors as `transition_mean`.
+    """
+    packing = pack(model_output, latents, coefficients, child_offsets, action_box)
+    return _affine(packing, model_output, latents, coefficients[:, 6:8])
+
+
+def _affine(packing: Packing, m: Tensor, x: Tensor, factors: Tensor) -> Tensor:
+    """factors[:, 0] x + factors[:, 1] m inside the box, x outside: [children, ...]."""
+    of_x, of_m = (
+        column.to(packing.dtype).reshape(-1, *(1 for _ in packing.dims))
+        for column in factors.unbind(1)
     )
-
-
-def refuse_gradient(**constants: Tensor | None) -> None:
-    """Raises ValueError for the first of these arguments that asks for a gradient."""
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in constants.items():
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name} requires a gradient: only model_output is differentiated; "
-                f"pass {name}.detach()"
-            )
+    x = packing.per_child(x.to(packing.dtype))
+    inside = (slice(None), *packing.slices)
+    result = x.clone()
+    result[inside] = of_x * x[inside] + of_m * packing.per_child(m.to(packing.dtype))[inside]
+    return result
