@@ -1,9 +1,5 @@
 #include "tensor.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace py = pybind11;
 
 namespace dg {
@@ -186,21 +182,6 @@ Fresh allocate_attributes(Dtype dtype, int rank, const int64_t* shape, const int
   return {std::move(tensor), reinterpret_cast<void*>(data)};
 }
 
-// An allocation of this size is new memory each time (glibc's largest M_MMAP_THRESHOLD), and mapping
-// it page by page would take longer than computing what goes into it.
-void use_huge_pages(void* data, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 1 << 21;
-  if (bytes < 32 << 20) return;
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
-  const uintptr_t stop = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
-  // Advice only: a kernel that does not take it maps small pages as ever.
-  madvise(reinterpret_cast<void*>(start), stop - start, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 }  // namespace
 
 View read(py::handle tensor, const char* name) {
@@ -219,12 +200,8 @@ View read(py::handle tensor, const char* name) {
 }
 
 Fresh allocate(Dtype dtype, int rank, const int64_t* shape, const int64_t* strides) {
-  Fresh fresh = torch().uses_api ? allocate_exchange(dtype, rank, shape, strides)
-                                 : allocate_attributes(dtype, rank, shape, strides);
-  int64_t bytes = dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-  for (int d = 0; d < rank; ++d) bytes *= shape[d];
-  use_huge_pages(fresh.data, bytes);
-  return fresh;
+  return torch().uses_api ? allocate_exchange(dtype, rank, shape, strides)
+                          : allocate_attributes(dtype, rank, shape, strides);
 }
 
 Dtype read_dtype(py::handle dtype, const char* name) {

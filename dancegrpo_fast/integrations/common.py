@@ -1,8 +1,7 @@
-"""What the hosts' files share: coefficient tables without a host sync, the fused step, a loss.
+"""What the hosts' files share: the fused step and a clipped loss; the tables are in `tables.py`.
 
 A host hands over its sigmas (on the CPU or on a device), a step index in whatever form it has, and
-tensors. Coefficients are computed once per sigmas tensor, in float64 where the sigmas lie, and
-gathered by index: after the first call nothing here reads a value back.
+tensors. After the first call nothing here reads a value back from a device.
 
     table = flow_table(sigmas, dynamics="dance", level=0.3, device=latents.device)
     out = step(model_output, latents, rows(table, index, len(latents)), prev_sample=prev)
@@ -10,16 +9,22 @@ gathered by index: after the first call nothing here reads a value back.
 
 from __future__ import annotations
 
-import functools
-import math
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.dynamics import _AT_ONE, Transition
+from dancegrpo_fast.integrations.tables import (
+    FLOW_DYNAMICS,
+    ddim_table,
+    flow_table,
+    noise_table,
+    pair_rows,
+    per_sample,
+    rows,
+    timestep_index,
+)
 from dancegrpo_fast.ops import (
     sample_transition,
     transition_log_prob,
@@ -27,389 +32,271 @@ from dancegrpo_fast.ops import (
     x0_estimate,
 )
 from dancegrpo_fast.ops.noise import DrawKey
-from dancegrpo_fast.transitions import ddim
 
-FLOW_DYNAMICS = ("dance", "flow", "flow_wan", "cps", "ode", "euler_noise")
+__all__ = [
+    "FLOW_DYNAMICS",
+    "RATIO_METRICS",
+    "ClippedLoss",
+    "Step",
+    "clipped_loss",
+    "clipped_surrogate",
+    "ddim_table",
+    "flow_table",
+    "noise_table",
+    "pair_rows",
+    "per_sample",
+    "randn",
+    "ratio_metrics",
+    "rows",
+    "step",
+    "timestep_index",
+]
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
-Device = torch.device | str | None
 
-# ------------------------------------------------------------------ tables
-
-
-class _Tables:
-    """Values derived from a tensor, kept until the tensor dies or is written to."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[weakref.ref[Tensor], int, dict[Any, Tensor]]] = {}
-
-    def get(self, source: Tensor, key: Any, build: Callable[[], Tensor]) -> Tensor:
-        if source.is_inference():  # Writes to it are not counted: nothing may be kept.
-            return build()
-        name, version = id(source), source._version
-        entry = self._kept.get(name)
-        if entry is None or entry[0]() is not source or entry[1] != version:
-            entry = (weakref.ref(source, lambda _: self._kept.pop(name, None)), version, {})
-            self._kept[name] = entry
-        if key not in entry[2]:
-            entry[2][key] = build()
-        return entry[2][key]
-
-    def __len__(self) -> int:
-        return len(self._kept)
+# ------------------------------------------------------------------ the step
 
 
-_TABLES = _Tables()
+class Step(NamedTuple):
+    """What `step` returns; what was not asked for is None.
+
+    Attributes:
+        prev_sample: [B, ...] x', drawn (float32; float64 for float64 inputs) or as it was given.
+        log_prob: [B], of `prev_sample`.
+        mean: [B, ...], a x + b m.
+        x0: [B, ...], p x + q m.
+    """
+
+    prev_sample: Tensor
+    log_prob: Tensor | None
+    mean: Tensor | None
+    x0: Tensor | None
 
 
-def flow_table(
-    sigmas: Tensor,
+def step(
+    model_output: Tensor,
+    sample: Tensor,
+    rows: Tensor,
     *,
-    dynamics: str,
-    level: float = 0.0,
-    normaliser: bool = True,
-    exact_density: bool = False,
-    sigma_max: float | None = None,
-    device: Device = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Coefficient rows (a, b, s, w, c, k, p, q) of all steps of a flow schedule.
+    prev_sample: Tensor | None = None,
+    generator: Generators = None,
+    key: Tensor | Sequence[DrawKey] | None = None,
+    deterministic: bool = False,
+    log_prob: bool = True,
+    mean: bool = True,
+    x0: bool = True,
+    implementation: str = "auto",
+) -> Step:
+    """One sampler step: draws x' or takes it as given, with its log-prob, mean and x0 estimate.
 
-    Built once per (sigmas, its version, the other arguments) and dropped with `sigmas`.
+    Drawn and given x' with the same model output have bit-equal log-probs. The log-prob is
+    differentiable with respect to `model_output`; mean, x0 and a drawn x' to `sample` too. In the
+    log-prob x' is a constant, as in every host. Everything is computed in float32.
 
     Args:
-        sigmas: [T + 1], falling from at most 1 to at least 0, any floating dtype and device.
-        dynamics: "dance", "flow", "flow_wan", "cps" (`dynamics.py`); "ode"; or "euler_noise", the
-            Euler step plus DanceGRPO's noise (DanceGRPO with sde_solver = False).
-        level: eta or a; 0 gives rows without noise and density.
-        normaliser: False drops c = -log s - log(2 pi) / 2.
-        exact_density: The Gaussian density for "cps", which is published with w = 1 and c = 0.
-        sigma_max: For "flow" and "flow_wan" in place of the second sigma.
-        device: Where the table is wanted; None: where `sigmas` lies.
-        dtype: What the float64 results are rounded to.
-
-    Returns:
-        [T, 8]. A step that is undefined (sigma = 0; "flow" where sigma and sigma_max are 1) is a
-        row of NaN. Do not write to it.
+        model_output: m, [B, ...], any floating dtype.
+        sample: x, the same shape.
+        rows: [B, 8] (`rows`), on the same device. Where s = 0 the log-prob is 0.
+        prev_sample: x', the same shape: nothing is drawn.
+        generator: For x': None is torch's own, a list has one generator per row, and each draws
+            where it lives. The numbers are those of torch.randn in float32.
+        key: Noise keys of ours instead, one per row: int64 [B, 2] or `DrawKey` objects.
+        deterministic: All rows have s = 0: no numbers are drawn.
+        log_prob, mean, x0: What is wanted.
+        implementation: As in `ops.policy_loss`.
 
     Raises:
-        ValueError: An unknown dynamics, level or shape out of range; on the CPU also sigmas that
-            are out of range or rise. On a device values are not read: such rows are NaN.
+        ValueError: As the ops; generator with key; a list of the wrong length; `sample` requires a
+            gradient and the log-prob is wanted.
     """
-    _check_flow(dynamics, level)
-    if sigmas.dim() != 1 or len(sigmas) < 2:
-        raise ValueError(f"sigmas has shape {list(sigmas.shape)}: must be [steps + 1]")
-    device = torch.device(sigmas.device if device is None else device)
-    key = (dynamics, level, normaliser, exact_density, sigma_max, device, dtype)
-
-    def build() -> Tensor:
-        points = sigmas.detach().to(torch.float64)
-        pairs = points[:-1], points[1:]
-        _check_sigmas(*pairs)
-        high = points[1] if sigma_max is None else sigma_max
-        rows, _ = _flow_rows(*pairs, dynamics, level, points[-1], high, exact_density)
-        return _finish(rows, normaliser, device, dtype)
-
-    return _TABLES.get(sigmas, key, build)
-
-
-def noise_table(
-    sigmas: Tensor,
-    *,
-    dynamics: str,
-    level: float,
-    sigma_max: float | None = None,
-    device: Device = None,
-) -> Tensor:
-    """Per step what hosts return beside the mean: (std without sqrt(-dt), sqrt(-dt), dt).
-
-    The std with sqrt(-dt) is s, column 2 of `flow_table`. "cps" has no such factor: its std is s.
-
-    Returns:
-        [T, 3] float32, cached. dt = sigma' - sigma < 0. Arguments and errors as `flow_table`.
-    """
-    _check_flow(dynamics, level)
-    device = torch.device(sigmas.device if device is None else device)
-
-    def build() -> Tensor:
-        points = sigmas.detach().to(torch.float64)
-        high = points[1] if sigma_max is None else sigma_max
-        _, rate = _flow_rows(points[:-1], points[1:], dynamics, level, points[-1], high, False)
-        dt = points.diff()
-        columns = torch.stack((rate.expand_as(dt), torch.sqrt(-dt), dt), dim=1)
-        return columns.to(torch.float32).to(device, non_blocking=True)
-
-    return _TABLES.get(sigmas, ("noise", dynamics, level, sigma_max, device), build)
-
-
-def pair_rows(
-    sigma: float | Tensor,
-    sigma_next: float | Tensor,
-    *,
-    dynamics: str,
-    batch: int,
-    level: float | Tensor = 0.0,
-    normaliser: bool = True,
-    exact_density: bool = False,
-    sigma_min: float | Tensor | None = None,
-    sigma_max: float | Tensor | None = None,
-    device: Device = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Coefficient rows for hosts that pass the two sigmas of a step.
-
-    Numbers are looked up after the first call. Tensors are computed with where they lie, in about
-    forty small launches: prefer `flow_table` wherever the host has the whole schedule.
-
-    Args:
-        sigma, sigma_next: Numbers, or tensors with 1 or `batch` elements.
-        dynamics, normaliser, exact_density, dtype: As in `flow_table`.
-        batch: B, the rows wanted.
-        level: A number, or a tensor with 1 or `batch` elements.
-        sigma_min: For "flow_wan" only, required there: the last sigma of the schedule.
-        sigma_max: For "flow" (where sigma can be 1) and "flow_wan": the second sigma.
-        device: None: that of the first of sigma, sigma_next, level that is a tensor, else the CPU.
-
-    Returns:
-        [batch, 8]; rows that are the same share memory.
-
-    Raises:
-        ValueError: As `flow_table`; sigma_min or sigma_max missing.
-    """
-    _check_flow(dynamics, level if isinstance(level, float | int) else 0.0)
-    if dynamics == "flow_wan" and (sigma_min is None or sigma_max is None):
-        raise ValueError("dynamics = 'flow_wan': needs sigma_min and sigma_max of the schedule")
-    values = (sigma, sigma_next, level, sigma_min, sigma_max)
-    options = (dynamics, normaliser, exact_density)
-    where = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
-    device = torch.device(where if device is None else device)
-    if not any(isinstance(value, Tensor) for value in values):
-        found = _number_rows(values, *options, device, dtype)
-    else:
-        found = _pair_rows(values, *options, where, device, dtype)
-    if len(found) not in (1, batch):
-        raise ValueError(f"sigma has {len(found)} elements: must be 1 or {batch}, the batch")
-    return found.expand(batch, 8)
-
-
-def _pair_rows(
-    values: Sequence[Any],
-    dynamics: str,
-    normaliser: bool,
-    exact_density: bool,
-    where: torch.device,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    # A number becomes a tensor by a fill: copying one to a device would wait for it.
-    sigma, sigma_next, level, low, high = (
-        value.detach().to(where, torch.float64, non_blocking=True).reshape(-1)
-        if isinstance(value, Tensor)
-        else torch.full((1,), math.nan if value is None else value, dtype=torch.float64).to(
-            where, non_blocking=True
-        )
-        for value in values
+    drawn = None
+    if prev_sample is None:
+        if deterministic and (generator is not None or key is not None):
+            raise ValueError("deterministic = True draws nothing: pass no generator and no key")
+        noise = None
+        if not deterministic and key is None:
+            noise = randn(sample, generator)
+        elif generator is not None:
+            raise ValueError("generator and key are both given: pass one of them")
+        drawn = sample_transition(
+            model_output, sample, rows, keys=key, noise=noise,
+            latent_dtype=_wide(model_output, sample), implementation=implementation,
+        )  # fmt: skip
+    stored = drawn.next_latents if drawn is not None else prev_sample
+    assert stored is not None
+    wants_gradient = torch.is_grad_enabled() and (
+        model_output.requires_grad or sample.requires_grad
     )
-    _check_sigmas(sigma, sigma_next)
-    rows, _ = _flow_rows(sigma, sigma_next, dynamics, level, low, high, exact_density)
-    return _finish(rows, normaliser, device, dtype)
-
-
-@functools.lru_cache(maxsize=4096)
-def _number_rows(values: tuple[Any, ...], *options: Any) -> Tensor:
-    *names, device, dtype = options
-    return _pair_rows(values, *names, torch.device("cpu"), device, dtype)
-
-
-def _check_flow(dynamics: str, level: float) -> None:
-    if dynamics not in FLOW_DYNAMICS:
-        raise ValueError(f"dynamics = {dynamics!r}: must be one of {', '.join(FLOW_DYNAMICS)}")
-    if not 0.0 <= level < math.inf or (dynamics == "cps" and level > 1):
-        limit = "from 0 to 1" if dynamics == "cps" else "a finite number, at least 0"
-        raise ValueError(f"level = {level}: must be {limit}")
-
-
-def _check_sigmas(sigma: Tensor, sigma_next: Tensor) -> None:
-    if sigma.device.type != "cpu":
-        return
-    if not bool(((sigma_next >= 0) & (sigma_next <= sigma) & (sigma <= 1)).all()):
-        raise ValueError(
-            f"sigmas = {sigma.tolist()} to {sigma_next.tolist()}: must fall within [0, 1]"
+    found = drawn.log_prob if drawn is not None and not wants_gradient else None
+    if log_prob and found is None:
+        found = transition_log_prob(
+            model_output, sample, stored.detach(), rows, implementation=implementation
         )
+    center = None
+    if mean or (drawn is not None and wants_gradient):
+        center = transition_mean(model_output, sample, rows)
+        if drawn is not None and wants_gradient:
+            stored = _Moved.apply(center, stored)
+    return Step(
+        stored,
+        found if log_prob else None,
+        center if mean else None,
+        x0_estimate(model_output, sample, rows) if x0 else None,
+    )
 
 
-def _flow_rows(
-    sigma: Tensor,
-    sigma_next: Tensor,
-    dynamics: str,
-    level: Any,
-    low: Any,
-    high: Any,
-    exact_density: bool,
-) -> tuple[Tensor, Tensor]:
-    """`dynamics.py` for tensors: ([n, 8], std without sqrt(-dt) [n]), NaN where undefined.
+class _Moved(torch.autograd.Function):
+    """A drawn x' = mean + s eps, with the gradient of its mean."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, drawn: Tensor) -> Tensor:
+        return drawn.view_as(drawn)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def randn(like: Tensor, generator: Generators = None) -> Tensor:
+    """Standard normals in float32, shaped and placed like a tensor.
 
     Args:
-        sigma, sigma_next: float64, [n] or [1].
-        dynamics: One of FLOW_DYNAMICS.
-        level: eta or a; a number or a tensor.
-        low, high: Last and second sigma of the schedule ("flow_wan"; "flow" where sigma = 1).
-        exact_density: As in `flow_table`.
+        like: [B, ...].
+        generator: None, one, or one per row. Each draws on its own device, row by row for a list:
+            the numbers that diffusers' pipelines get.
+
+    Raises:
+        ValueError: A list that has not B generators.
     """
-    length = sigma - sigma_next
-    one = torch.ones_like(length)
-    valid = (sigma_next >= 0) & (length >= 0) & (sigma <= 1)
-    if dynamics == "cps":
-        angle = torch.as_tensor(level, dtype=torch.float64) * (math.pi / 2)
-        kept, rate = sigma_next * torch.cos(angle), sigma_next * torch.sin(angle)
-        a = (1 - sigma_next) + kept
-        b = kept * (1 - sigma) - (1 - sigma_next) * sigma
-        s = rate
-    else:
-        rate = level * one
-        if dynamics == "flow":
-            room = 1 - torch.where(sigma > _AT_ONE, high, sigma)
-            rate = level * torch.sqrt(sigma / room)
-        elif dynamics == "flow_wan":
-            rate = level * (low + (high - low) * sigma)
-        elif dynamics == "ode":
-            rate = 0 * one
-        pull = 0 * one
-        if dynamics not in ("ode", "euler_noise"):
-            pull = rate * rate / (2 * sigma)
-            valid = valid & torch.isfinite(pull)
-        a = 1 - pull * length
-        b = -length * (1 + pull * (1 - sigma))
-        s = rate * torch.sqrt(length)
-    rows = _gaussian(a, b, s, one, -sigma, published=dynamics == "cps" and not exact_density)
-    return torch.where(valid[:, None], rows, math.nan), rate
+    if generator is None or isinstance(generator, torch.Generator):
+        where = like.device if generator is None else generator.device
+        drawn = torch.randn(like.shape, generator=generator, device=where, dtype=torch.float32)
+        return drawn.to(like.device, non_blocking=True)
+    if len(generator) != len(like):
+        raise ValueError(
+            f"generator has {len(generator)} entries: must be one, or one for each of the "
+            f"{len(like)} rows"
+        )
+    shape = (1, *like.shape[1:])
+    each = [torch.randn(shape, generator=g, device=g.device) for g in generator]
+    return torch.cat([row.to(like.device, non_blocking=True) for row in each])
 
 
-def _gaussian(a: Tensor, b: Tensor, s: Tensor, p: Tensor, q: Tensor, published: bool) -> Tensor:
-    """`dynamics.gaussian` for tensors: [n, 8]; published: CPS' w = 1, c = 0."""
-    dense = s != 0  # True for NaN
-    precision = torch.where(dense, 1 / (2 * s * s), 0.0)
-    k = b * b * precision
-    w = dense.to(s.dtype) if published else precision
-    c = torch.where(dense, -torch.log(s) - 0.5 * math.log(2 * math.pi), 0.0)
-    c = 0 * c if published else c
-    return torch.stack(torch.broadcast_tensors(a, b, s, w, c, k, p, q), dim=1)
+# ------------------------------------------------------------------ losses on log-probs
+
+RATIO_METRICS = (
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "clipped_low",
+    "clipped_high",
+    "approximate_kl",
+    "log_prob_gap",
+)
+"""Names of what `ratio_metrics` returns: statistics of rho = exp(log_prob - old); the shares of rho
+below and above the clip range; mean((log_prob - old)^2) / 2; max |log_prob - old|."""
 
 
-def _finish(rows: Tensor, normaliser: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
-    if not normaliser:
-        rows[:, 4] *= 0  # NaN stays
-    return rows.to(dtype).to(device, non_blocking=True)
+class ClippedLoss(NamedTuple):
+    """What `clipped_loss` returns.
+
+    Attributes:
+        loss: Scalar, differentiable with respect to log_prob.
+        ratio: [B], detached.
+    """
+
+    loss: Tensor
+    ratio: Tensor
 
 
-def ddim_table(
-    alphas_cumprod: Tensor,
+def clipped_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    clip_range: float | tuple[float, float],
     *,
-    stride: int,
-    eta: float,
-    prediction: str = "epsilon",
-    final_alpha: float | None = None,
-    normaliser: bool = True,
-    device: Device = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Coefficient rows of DDIM steps, one for every training timestep: index it by timestep.
+    advantage_clip: float | None = None,
+    reward_weights: Sequence[float] | None = None,
+    loss_scale: float = 1.0,
+) -> ClippedLoss:
+    """The clipped objective, for a host whose loss sees log-probs only.
 
-    Row t is the step from timestep t to t - stride. Below 0 it goes to timestep 0, which is the
-    rule of DDPO and DanceGRPO and keeps the noise of the last step above zero; or, with
-    `final_alpha`, to that alpha, which is diffusers' rule. Cached like `flow_table`; the first call
-    reads `alphas_cumprod` (a scheduler keeps it on the CPU).
+        loss = loss_scale mean_b sum_r u_r max(-A_br rho_b, -A_br clip(rho_b))
+
+    A host that has the model output there uses `ops.policy_loss`, which is one fused pass.
 
     Args:
-        alphas_cumprod: [N], all training timesteps.
-        stride: N // number of inference steps.
-        eta: 0 to 1.
-        prediction: "epsilon", "v_prediction" or "sample".
-        final_alpha: `scheduler.final_alpha_cumprod`, or None.
-        normaliser, device, dtype: As in `flow_table`.
+        log_prob: [B].
+        old_log_prob: [B].
+        advantages: [B], or [B, R] for R separately clipped rewards.
+        clip_range: c for [1 - c, 1 + c], or (low, high).
+        advantage_clip: Clamps the advantages to +-this. None: as they are.
+        reward_weights: u, R numbers; None: ones.
+        loss_scale: All that the host divides or multiplies by (accumulation, timesteps): the mean
+            is over the rows of this call only, never over ranks.
 
     Returns:
-        [N, 8].
+        Loss and ratios; nothing is read back (`ratio_metrics` has numbers for a log).
 
     Raises:
-        ValueError: A value out of range.
+        ValueError: Shapes that do not fit.
+
+    Source: PPO, arXiv 1707.06347, equation 7.
     """
-    device = torch.device(alphas_cumprod.device if device is None else device)
-    key = ("ddim", stride, eta, prediction, final_alpha, normaliser, device, dtype)
-
-    def build() -> Tensor:
-        alphas = alphas_cumprod.detach().tolist()
-
-        def move(t: int) -> Transition:
-            after = alphas[max(t - stride, 0)]
-            if t < stride and final_alpha is not None:
-                after = final_alpha
-            return ddim(alphas[t], after, eta, prediction)
-
-        steps = [tuple(move(t)) for t in range(len(alphas))]
-        return _finish(torch.tensor(steps, dtype=torch.float64), normaliser, device, dtype)
-
-    return _TABLES.get(alphas_cumprod, key, build)
-
-
-# ------------------------------------------------------------------ gathering
-
-
-def rows(table: Tensor, index: int | Tensor, batch: int) -> Tensor:
-    """The rows of a batch, without waiting for a device.
-
-    Args:
-        table: [T, columns], on the device of the latents.
-        index: A number, or an integer tensor, 0-d or [batch], on any device.
-        batch: B.
-
-    Returns:
-        [batch, columns]; one index for all is a view with equal rows.
-
-    Raises:
-        ValueError: A number or shape out of range.
-        IndexError: A tensor's value out of range on the CPU; on a device that is an assertion of
-            the device.
-    """
-    if not isinstance(index, Tensor):
-        if not 0 <= index < len(table):
-            raise ValueError(f"index = {index}: must be a step from 0 to {len(table) - 1}")
-        return table[index].expand(batch, -1)
-    if index.dim() > 1 or index.numel() not in (1, batch):
-        raise ValueError(f"index has shape {list(index.shape)}: must be 0-d or [{batch}]")
-    index = index.to(table.device, non_blocking=True)
-    found = table.index_select(0, index.reshape(-1))
-    return found if len(found) == batch else found.expand(batch, -1)
-
-
-def timestep_index(timesteps: Tensor, timestep: float | Tensor, *, second: bool = False) -> Tensor:
-    """Where timesteps stand in a scheduler's list, by exact equality, without waiting for a device.
-
-    Args:
-        timesteps: [T], the scheduler's.
-        timestep: A number, 0-d or [B].
-        second: diffusers' rule: of a value that stands there twice, the second.
-
-    Returns:
-        int64, 0-d or [B] like `timestep`, on the device of `timesteps`. For a timestep that is not
-        in the list T, one past the end, which `rows` does not find; on the CPU it is refused here.
-
-    Raises:
-        ValueError: On the CPU, a timestep that is not in the list.
-    """
-    if not isinstance(timestep, Tensor):
-        timestep = torch.full((), timestep, dtype=timesteps.dtype, device=timesteps.device)
-    wanted = timestep.to(timesteps.device, non_blocking=True)
-    hits = (wanted[..., None] == timesteps).to(torch.int64)
-    # Ranks: the hit that is wanted 2, another 1, no hit 0. argmax takes the first of equals.
-    scores = hits * (1 + (hits.cumsum(-1) == 2)) if second else hits
-    best, index = scores.max(-1)
-    if index.device.type == "cpu" and not bool(best.all()):
+    if not log_prob.shape == old_log_prob.shape == advantages.shape[:1]:
+        shapes = [list(t.shape) for t in (log_prob, old_log_prob, advantages)]
         raise ValueError(
-            f"timestep = {timestep.tolist()}: not among the scheduler's {timesteps.tolist()}"
+            f"log_prob, old_log_prob, advantages = {shapes}: must be [B], [B], [B] or [B, R]"
         )
-    return torch.where(best > 0, index, len(timesteps))
+    ratio = torch.exp(log_prob - old_log_prob)
+    loss = clipped_surrogate(ratio, advantages, clip_range, advantage_clip, reward_weights)
+    return ClippedLoss(loss if loss_scale == 1.0 else loss * loss_scale, ratio.detach())
 
 
-def per_sample(column: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...] with as many dimensions as `like`."""
-    return column.reshape(-1, *(1 for _ in like.shape[1:]))
+def clipped_surrogate(
+    ratio: Tensor,
+    advantages: Tensor,
+    clip_range: float | tuple[float, float],
+    advantage_clip: float | None = None,
+    reward_weights: Sequence[float] | None = None,
+) -> Tensor:
+    """mean_b sum_r u_r max(-A_br rho_b, -A_br clip(rho_b)); arguments as `clipped_loss`."""
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    if advantage_clip is not None:
+        advantages = advantages.clamp(-advantage_clip, advantage_clip)
+    clipped = ratio.clamp(1.0 - low, 1.0 + high)
+    columns = advantages.unbind(1) if advantages.dim() == 2 else (advantages,)
+    weights = (1.0,) * len(columns) if reward_weights is None else tuple(reward_weights)
+    if len(weights) != len(columns):
+        raise ValueError(f"reward_weights = {weights}: must have one for each of {len(columns)}")
+    total = None
+    for weight, column in zip(weights, columns, strict=True):
+        column = -column if weight == 1.0 else -weight * column
+        term = torch.maximum(column * ratio, column * clipped)
+        total = term if total is None else total + term
+    assert total is not None
+    return total.mean()
+
+
+def ratio_metrics(
+    log_prob: Tensor, old_log_prob: Tensor, clip_range: float | tuple[float, float]
+) -> Tensor:
+    """[len(RATIO_METRICS)] on the device of the log-probs [B]: copy it once, when it is logged."""
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    difference = (log_prob - old_log_prob).detach()
+    ratio = torch.exp(difference)
+    values = (
+        ratio.mean(),
+        ratio.min(),
+        ratio.max(),
+        (ratio < 1.0 - low).to(ratio.dtype).mean(),
+        (ratio > 1.0 + high).to(ratio.dtype).mean(),
+        0.5 * (difference * difference).mean(),
+        difference.abs().max(),
+    )
+    return torch.stack(values)
