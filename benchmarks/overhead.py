@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast import ops
-from dancegrpo_fast.ops import native
+from dancegrpo_fast.ops import native, registered
 from dancegrpo_fast.ops.noise import NoiseKey, keys_table
 from dancegrpo_fast.schedules import dance_schedule
 from dancegrpo_fast.transitions import coefficient_table, transition
@@ -21,7 +21,7 @@ class _Empty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, m, x, y, table, advantages, old, outputs):
         ctx.save_for_backward(m, x, y, table, outputs[2])
-        return outputs[0].clone(), outputs[1].clone(), outputs[3].clone()
+        return tuple(torch.empty_like(outputs[i]) for i in (0, 1, 3))
 
     @staticmethod
     def backward(ctx: Any, upstream, *_: Tensor):
@@ -51,6 +51,10 @@ def cases() -> dict[str, Callable[[], Any]]:
     def loss(output: Tensor) -> ops.PolicyLoss:
         return ops.policy_loss(output, x, y, table, advantages, old_log_prob=old)
 
+    def operator(output: Tensor) -> Tensor:
+        args = (None, None, None, None, None, 1e-4, 1e-4, None, 0.0, None, 1.0, None)
+        return registered.policy_loss(output, x, y, table, advantages, old, *args)[0]
+
     def empty() -> Any:
         value = _Empty.apply(trained, x, y, table, advantages, old, outputs)[0]
         return torch.autograd.grad(value, trained)
@@ -70,4 +74,8 @@ def cases() -> dict[str, Callable[[], Any]]:
             loss(trained).loss, trained
         ),
         "  an empty autograd.Function": empty,
+        "policy_loss as a registered operator, no gradient": lambda: operator(m),
+        "policy_loss as a registered operator, forward and backward": lambda: torch.autograd.grad(
+            operator(trained), trained
+        ),
     }

@@ -40,7 +40,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         colors = ["#b5472f" if mine else "#9aa5b1" for mine in ours]
         axis.barh([r["provider"] for r in rows], shares, xerr=spread, color=colors, ecolor="#444")
         axis.axvline(1.0, color="#444", linewidth=0.8, linestyle=":")
-        axis.set_title(f"{task['task']} ({last})", fontsize=9)
+        detail = "" if last == "wall" else f" ({last})"
+        axis.set_title(task["task"].replace(" 1 x ", " ") + detail, fontsize=8)
         axis.tick_params(labelsize=8)
     figure.supxlabel("share of the copy bandwidth, higher is better", fontsize=9)
     figure.tight_layout()
