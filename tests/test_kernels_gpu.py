@@ -119,7 +119,7 @@ def test_strides_and_dtypes_change_no_bit(kernels: Any) -> None:
 def test_policy_loss_and_gradient(
     kernels: Any, model: torch.dtype, box: Any, old_penalty: float | None
 ) -> None:
-    # Bounds as in tests/triton/test_losses.py.
+    # Bounds as in tests/interpreter/test_losses.py.
     host = case(3, (2, 0, 3), WAN, model, box=box)
     c = on_gpu(host)
     advantages, weights = randn(5, 2, seed=9), torch.tensor([1.0, 2, 0, 3, 1])

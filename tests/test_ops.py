@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -406,10 +407,17 @@ def test_a_requested_implementation_is_never_replaced(
 def test_an_old_triton_is_not_taken(
     version: str, usable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: object())
+    spec = ModuleSpec("triton", None, origin="triton/__init__.py")
+    monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(packing.importlib.metadata, "version", lambda name: version)
     reason = packing._triton_missing()
     assert reason is None if usable else f"Triton {version} is older than" in reason
+
+
+def test_a_folder_named_triton_is_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModuleSpec("triton", None)  # of a namespace package, any such folder on the path
+    monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: spec)
+    assert "not installed" in packing._triton_missing()
 
 
 def test_auto_says_once_what_is_missing(

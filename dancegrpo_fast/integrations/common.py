@@ -35,6 +35,7 @@ from dancegrpo_fast.ops.noise import DrawKey
 
 __all__ = [
     "FLOW_DYNAMICS",
+    "Generators",
     "RATIO_METRICS",
     "ClippedLoss",
     "Step",
@@ -61,7 +62,7 @@ class Step(NamedTuple):
     """What `step` returns; what was not asked for is None.
 
     Attributes:
-        prev_sample: [B, ...] x', drawn (float32; float64 for float64 inputs) or as it was given.
+        prev_sample: [B, ...] x', drawn or as it was given.
         log_prob: [B], of `prev_sample`.
         mean: [B, ...], a x + b m.
         x0: [B, ...], p x + q m.
@@ -85,6 +86,7 @@ def step(
     log_prob: bool = True,
     mean: bool = True,
     x0: bool = True,
+    latent_dtype: torch.dtype | None = None,
     implementation: str = "auto",
 ) -> Step:
     """One sampler step: draws x' or takes it as given, with its log-prob, mean and x0 estimate.
@@ -96,13 +98,15 @@ def step(
     Args:
         model_output: m, [B, ...], any floating dtype.
         sample: x, the same shape.
-        rows: [B, 8] (`rows`), on the same device. Where s = 0 the log-prob is 0.
+        rows: [B, 8] (`rows`), on the same device. Where w = 0 (no noise) the log-prob is 0.
         prev_sample: x', the same shape: nothing is drawn.
-        generator: For x': None is torch's own, a list has one generator per row, and each draws
-            where it lives. The numbers are those of torch.randn in float32.
+        generator: For x' where it is drawn: None is torch's own, a list has one generator per row,
+            and each draws where it lives. The numbers are those of torch.randn in float32.
         key: Noise keys of ours instead, one per row: int64 [B, 2] or `DrawKey` objects.
         deterministic: All rows have s = 0: no numbers are drawn.
         log_prob, mean, x0: What is wanted.
+        latent_dtype: What a drawn x' is stored in; it is rounded before its log-prob is taken.
+            None: float32 (float64 for float64 inputs).
         implementation: As in `ops.policy_loss`.
 
     Raises:
@@ -120,7 +124,8 @@ def step(
             raise ValueError("generator and key are both given: pass one of them")
         drawn = sample_transition(
             model_output, sample, rows, keys=key, noise=noise,
-            latent_dtype=_wide(model_output, sample), implementation=implementation,
+            latent_dtype=latent_dtype or _wide(model_output, sample),
+            implementation=implementation,
         )  # fmt: skip
     stored = drawn.next_latents if drawn is not None else prev_sample
     assert stored is not None
@@ -162,20 +167,23 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def randn(like: Tensor, generator: Generators = None) -> Tensor:
-    """Standard normals in float32, shaped and placed like a tensor.
+def randn(
+    like: Tensor, generator: Generators = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Standard normals, shaped and placed like a tensor.
 
     Args:
         like: [B, ...].
         generator: None, one, or one per row. Each draws on its own device, row by row for a list:
             the numbers that diffusers' pipelines get.
+        dtype: Of the result, and drawn in.
 
     Raises:
         ValueError: A list that has not B generators.
     """
     if generator is None or isinstance(generator, torch.Generator):
         where = like.device if generator is None else generator.device
-        drawn = torch.randn(like.shape, generator=generator, device=where, dtype=torch.float32)
+        drawn = torch.randn(like.shape, generator=generator, device=where, dtype=dtype)
         return drawn.to(like.device, non_blocking=True)
     if len(generator) != len(like):
         raise ValueError(
@@ -183,7 +191,7 @@ def randn(like: Tensor, generator: Generators = None) -> Tensor:
             f"{len(like)} rows"
         )
     shape = (1, *like.shape[1:])
-    each = [torch.randn(shape, generator=g, device=g.device) for g in generator]
+    each = [torch.randn(shape, generator=g, device=g.device, dtype=dtype) for g in generator]
     return torch.cat([row.to(like.device, non_blocking=True) for row in each])
 
 

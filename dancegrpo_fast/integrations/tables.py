@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast.dynamics import _AT_ONE
-from dancegrpo_fast.transitions import Transition, ddim
+from dancegrpo_fast.transitions import ddim
 
 FLOW_DYNAMICS = ("dance", "flow", "flow_wan", "cps", "ode", "euler_noise")
 Device = torch.device | str | None
+
 
 class _Tables:
     """Values derived from a tensor, kept until the tensor dies or is written to."""
@@ -28,8 +29,13 @@ class _Tables:
         self._kept: dict[int, tuple[weakref.ref[Tensor], int, dict[Any, Tensor]]] = {}
 
     def get(self, source: Tensor, key: Any, build: Callable[[], Tensor]) -> Tensor:
-        if source.is_inference():  # Writes to it are not counted: nothing may be kept.
-            return build()
+        # Made in a rollout's inference mode, a table could not be saved for training's backward.
+        with torch.inference_mode(False), torch.no_grad():
+            if source.is_inference():  # Writes to it are not counted: nothing may be kept.
+                return build()
+            return self._get(source, key, build)
+
+    def _get(self, source: Tensor, key: Any, build: Callable[[], Tensor]) -> Tensor:
         name, version = id(source), source._version
         entry = self._kept.get(name)
         if entry is None or entry[0]() is not source or entry[1] != version:
@@ -39,11 +45,8 @@ class _Tables:
             entry[2][key] = build()
         return entry[2][key]
 
-    def __len__(self) -> int:
-        return len(self._kept)
 
-
-_TABLES = _Tables()
+TABLES = _Tables()
 
 
 def flow_table(
@@ -67,7 +70,8 @@ def flow_table(
             Euler step plus DanceGRPO's noise (DanceGRPO with sde_solver = False).
         level: eta or a; 0 gives rows without noise and density.
         normaliser: False drops c = -log s - log(2 pi) / 2.
-        exact_density: The Gaussian density for "cps", which is published with w = 1 and c = 0.
+        exact_density: The Gaussian density for "cps", which is published with w = 1 and c = 0 (also
+            where s = 0, as hosts have it; `transition` says w = 0 there).
         sigma_max: For "flow" and "flow_wan" in place of the second sigma.
         device: Where the table is wanted; None: where `sigmas` lies.
         dtype: What the float64 results are rounded to.
@@ -94,7 +98,7 @@ def flow_table(
         rows, _ = _flow_rows(*pairs, dynamics, level, points[-1], high, exact_density)
         return _finish(rows, normaliser, device, dtype)
 
-    return _TABLES.get(sigmas, key, build)
+    return TABLES.get(sigmas, key, build)
 
 
 def noise_table(
@@ -109,8 +113,7 @@ def noise_table(
 
     The std with sqrt(-dt) is s, column 2 of `flow_table`. "cps" has no such factor: its std is s.
 
-    Returns:
-        [T, 3] float32, cached. dt = sigma' - sigma < 0. Arguments and errors as `flow_table`.
+    [T, 3] float32, cached; dt = sigma' - sigma < 0. Arguments and errors as `flow_table`.
     """
     _check_flow(dynamics, level)
     device = torch.device(sigmas.device if device is None else device)
@@ -123,7 +126,7 @@ def noise_table(
         columns = torch.stack((rate.expand_as(dt), torch.sqrt(-dt), dt), dim=1)
         return columns.to(torch.float32).to(device, non_blocking=True)
 
-    return _TABLES.get(sigmas, ("noise", dynamics, level, sigma_max, device), build)
+    return TABLES.get(sigmas, ("noise", dynamics, level, sigma_max, device), build)
 
 
 def pair_rows(
@@ -199,13 +202,9 @@ def _as_float64(value: float | Tensor | None, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def _number_rows(
-    values: tuple[Any, ...],
-    options: tuple[str, bool, bool],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    return _pair_rows(values, options, torch.device("cpu"), device, dtype)
+def _number_rows(values: Any, options: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # As in _Tables.get.
+        return _pair_rows(values, options, torch.device("cpu"), device, dtype)
 
 
 def _check_flow(dynamics: str, level: float) -> None:
@@ -242,8 +241,8 @@ def _flow_rows(
     one = torch.ones_like(length)
     valid = (sigma_next >= 0) & (length >= 0) & (sigma <= 1)
     if dynamics == "cps":
-        angle = torch.as_tensor(level, dtype=torch.float64) * (math.pi / 2)
-        kept, rate = sigma_next * torch.cos(angle), sigma_next * torch.sin(angle)
+        angle, of = level * (math.pi / 2), torch if isinstance(level, Tensor) else math
+        kept, rate = sigma_next * of.cos(angle), sigma_next * of.sin(angle)
         a = (1 - sigma_next) + kept
         b = kept * (1 - sigma) - (1 - sigma_next) * sigma
         s = rate
@@ -268,11 +267,11 @@ def _flow_rows(
 
 
 def _gaussian(a: Tensor, b: Tensor, s: Tensor, p: Tensor, q: Tensor, published: bool) -> Tensor:
-    """`dynamics.gaussian` for tensors: [n, 8]; published: CPS' w = 1, c = 0."""
+    """`dynamics.gaussian` for tensors: [n, 8]; published: CPS' w = 1, c = 0 in every row."""
     dense = s != 0  # True for NaN
     precision = torch.where(dense, 1 / (2 * s * s), 0.0)
     k = b * b * precision
-    w = dense.to(s.dtype) if published else precision
+    w = torch.ones_like(s) if published else precision
     c = torch.where(dense, -torch.log(s) - 0.5 * math.log(2 * math.pi), 0.0)
     c = 0 * c if published else c
     return torch.stack(torch.broadcast_tensors(a, b, s, w, c, k, p, q), dim=1)
@@ -290,24 +289,21 @@ def ddim_table(
     stride: int,
     eta: float,
     prediction: str = "epsilon",
-    final_alpha: float | None = None,
     normaliser: bool = True,
     device: Device = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Coefficient rows of DDIM steps, one for every training timestep: index it by timestep.
 
-    Row t is the step from timestep t to t - stride. Below 0 it goes to timestep 0, which is the
-    rule of DDPO and DanceGRPO and keeps the noise of the last step above zero; or, with
-    `final_alpha`, to that alpha, which is diffusers' rule. Cached like `flow_table`; the first call
-    reads `alphas_cumprod` (a scheduler keeps it on the CPU).
+    Row t is the step from timestep t to max(t - stride, 0), DDPO's and DanceGRPO's rule, which
+    keeps the noise of the last step above zero. Cached like `flow_table`; the first call reads
+    `alphas_cumprod` (a scheduler keeps it on the CPU).
 
     Args:
         alphas_cumprod: [N], all training timesteps.
         stride: N // number of inference steps.
         eta: 0 to 1.
         prediction: "epsilon", "v_prediction" or "sample".
-        final_alpha: `scheduler.final_alpha_cumprod`, or None.
         normaliser, device, dtype: As in `flow_table`.
 
     Returns:
@@ -317,21 +313,17 @@ def ddim_table(
         ValueError: A value out of range.
     """
     device = torch.device(alphas_cumprod.device if device is None else device)
-    key = ("ddim", stride, eta, prediction, final_alpha, normaliser, device, dtype)
+    key = ("ddim", stride, eta, prediction, normaliser, device, dtype)
 
     def build() -> Tensor:
         alphas = alphas_cumprod.detach().tolist()
+        ends = [alphas[max(t - stride, 0)] for t in range(len(alphas))]
+        pairs = zip(alphas, ends, strict=True)
+        steps = [tuple(ddim(here, there, eta, prediction)) for here, there in pairs]
+        made = torch.tensor(steps, dtype=torch.float64, device="cpu")
+        return _finish(made, normaliser, device, dtype)
 
-        def move(t: int) -> Transition:
-            after = alphas[max(t - stride, 0)]
-            if t < stride and final_alpha is not None:
-                after = final_alpha
-            return ddim(alphas[t], after, eta, prediction)
-
-        steps = [tuple(move(t)) for t in range(len(alphas))]
-        return _finish(torch.tensor(steps, dtype=torch.float64), normaliser, device, dtype)
-
-    return _TABLES.get(alphas_cumprod, key, build)
+    return TABLES.get(alphas_cumprod, key, build)
 
 
 # ------------------------------------------------------------------ gathering
@@ -380,17 +372,24 @@ def timestep_index(timesteps: Tensor, timestep: float | Tensor, *, second: bool 
         ValueError: On the CPU, a timestep that is not in the list.
     """
     if not isinstance(timestep, Tensor):
-        timestep = torch.full((), timestep, dtype=timesteps.dtype, device=timesteps.device)
+        dtype = timesteps.dtype if timesteps.is_floating_point() else torch.float64
+        timestep = torch.full((), timestep, dtype=dtype, device=timesteps.device)
     wanted = timestep.to(timesteps.device, non_blocking=True)
-    hits = (wanted[..., None] == timesteps).to(torch.int64)
-    # Ranks: the hit that is wanted 2, another 1, no hit 0. argmax takes the first of equals.
-    scores = hits * (1 + (hits.cumsum(-1) == 2)) if second else hits
-    best, index = scores.max(-1)
-    if index.device.type == "cpu" and 0 in best.reshape(-1).tolist():
+    found, index = (wanted[..., None] == timesteps).max(-1)  # of equals the first
+    if index.device.type == "cpu" and False in found.reshape(-1).tolist():
         raise ValueError(
             f"timestep = {timestep.tolist()}: not among the scheduler's {timesteps.tolist()}"
         )
-    return torch.where(best > 0, index, len(timesteps))
+    if second:
+        # take: indexing with a 0-d tensor would read it.
+        index = TABLES.get(timesteps, "second", lambda: _second(timesteps)).take(index)
+    return torch.where(found, index, len(timesteps))
+
+
+def _second(timesteps: Tensor) -> Tensor:
+    """[T]: for each first place of a timestep its second, or itself."""
+    hits = (timesteps[:, None] == timesteps).to(torch.int64)
+    return (hits * (1 + (hits.cumsum(-1) == 2))).max(-1).indices
 
 
 def per_sample(column: Tensor, like: Tensor) -> Tensor:

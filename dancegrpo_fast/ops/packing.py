@@ -35,7 +35,8 @@ OLDEST_TRITON = (3, 6)  # that the kernels were compiled with
 
 def _triton_missing() -> str | None:
     """Looks for Triton without importing it, which takes a second."""
-    if importlib.util.find_spec("triton") is None:
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:  # any folder of that name on the path is a package
         return "Triton is not installed: pip install triton"
     for distribution in ("triton", "pytorch-triton"):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -308,8 +309,11 @@ def _affine(packing: Packing, m: Tensor, x: Tensor, factors: Tensor) -> Tensor:
         column.to(packing.dtype).reshape(-1, *(1 for _ in packing.dims))
         for column in factors.unbind(1)
     )
-    x = packing.per_child(x.to(packing.dtype))
+    x, m = packing.per_child(x), packing.per_child(m)
+    if packing.numel == math.prod(packing.dims):
+        return of_x * x + of_m * m  # the factors carry the dtype
+    x = x.to(packing.dtype)
     inside = (slice(None), *packing.slices)
     result = x.clone()
-    result[inside] = of_x * x[inside] + of_m * packing.per_child(m.to(packing.dtype))[inside]
+    result[inside] = of_x * x[inside] + of_m * m.to(packing.dtype)[inside]
     return result

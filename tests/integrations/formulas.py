@@ -85,3 +85,16 @@ def clipped(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor
     """[B]: PPO's pessimistic bound, as a loss: -min(rho A, clip(rho) A)."""
     limited = torch.minimum(torch.maximum(ratio, ratio.new_tensor(1 - low)), 1 + ratio * 0 + high)
     return -torch.minimum(ratio * advantage, limited * advantage)
+
+
+def assert_no_worse(ours: Tensor, host: Tensor, exact: Tensor, name: str = "") -> None:
+    """The error against float64 is at most twice that of the host's order of operations.
+
+    As root mean squares: single elements are luck. One ulp of the largest value is always allowed:
+    a coefficient and the result are rounded once each, and a host can be luckier than that.
+    """
+    exact = exact.detach()
+    differences = (value.detach().double() - exact for value in (ours, host))
+    error, theirs = (difference.square().mean().sqrt() for difference in differences)
+    floor = torch.finfo(ours.dtype).eps * exact.abs().max()
+    assert error <= torch.maximum(2 * theirs, floor), (name, float(error), float(theirs))

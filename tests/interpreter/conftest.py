@@ -12,7 +12,7 @@ import pytest
 
 if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError(
-        "Triton is already imported without its interpreter: run `pytest tests/triton` by itself"
+        "Triton is already imported without its interpreter: run `pytest tests/interpreter` alone"
     )
 os.environ["TRITON_INTERPRET"] = "1"
 
