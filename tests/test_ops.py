@@ -457,6 +457,10 @@ keys = [core.NoiseKey.from_seed(0).draw()]
 y, old = core.sample_transition(m, torch.ones(1, 4, 4), rows, keys=keys)
 core.policy_loss(m, torch.ones(1, 4, 4), y, rows, torch.ones(1), old_log_prob=old).loss.backward()
 assert m.grad.abs().sum() > 0
+import importlib, pkgutil
+import dancegrpo_fast.integrations as hosts
+for found in pkgutil.iter_modules(hosts.__path__):
+    importlib.import_module(f"{hosts.__name__}.{found.name}")
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(sorted(new - {"dancegrpo_fast", "torch", "numpy"} - sys.stdlib_module_names))
 """
