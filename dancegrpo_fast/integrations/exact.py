@@ -125,6 +125,18 @@ def ddim(
     return Moments(alpha_next**0.5 * x0 + (1 - alpha_next - std**2) ** 0.5 * noise, std, x0)
 
 
+def sigma_pair(sigmas: Tensor, index: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The two 0-d sigmas of a step on the device of `like`: such hosts have one step for all rows.
+
+    Raises:
+        ValueError: `index` is [B].
+    """
+    here, there = sigmas[index], sigmas[index + 1]
+    if here.dim() > 0:
+        raise ValueError("exact_order = True: the host has one index for all rows; pass it 0-d")
+    return here.to(like.device), there.to(like.device)
+
+
 def draw(moments: Moments, noise: Tensor) -> Tensor:
     """mean + std noise."""
     return moments.mean + moments.std * noise

@@ -78,7 +78,7 @@ def flow_grpo_step(
     if prev_sample is not None and generator is not None:
         raise ValueError("generator and prev_sample are both given: pass one of them")
     if exact_order:
-        here, there = _scalars(sigmas, index, model_output)
+        here, there = exact.sigma_pair(sigmas, index, model_output)
         rate = exact.flow_rate(here, eta, sigmas[1].item())
         moments = exact.reverse_sde(model_output, latents, here, there, rate)
         if prev_sample is None:
@@ -158,7 +158,7 @@ def _exact_dance_step(
     grpo: bool,
     sde_solver: bool,
 ) -> tuple[Tensor, ...]:
-    here, there = _scalars(sigmas, index, latents)
+    here, there = exact.sigma_pair(sigmas, index, latents)
     moments = exact.dance_sde(model_output, latents, here, there, eta, sde_solver=sde_solver)
     if not grpo:
         return moments.mean, moments.x0
@@ -179,13 +179,6 @@ def _rows(
         device=latents.device,
     )  # fmt: skip
     return rows(table, index, len(latents))
-
-
-def _scalars(sigmas: Tensor, index: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    here, there = sigmas[index], sigmas[index + 1]
-    if here.dim() > 0:
-        raise ValueError("exact_order = True: the host has one index for all rows; pass it 0-d")
-    return here.to(like.device), there.to(like.device)
 
 
 _MODULE = "fastvideo.utils.sampling_utils"

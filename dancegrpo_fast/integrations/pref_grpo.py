@@ -76,7 +76,7 @@ def flow_grpo_step(
     Source: Flow-GRPO, arXiv 2505.05470, equation 9.
     """
     if exact_order:
-        here, there = _scalars(sigmas, index, model_output)
+        here, there = exact.sigma_pair(sigmas, index, model_output)
         rate = exact.flow_rate(here, eta, sigmas[1].item())
         moments = exact.reverse_sde(model_output, latents, here, there, rate)
         if prev_sample is None:
@@ -121,7 +121,7 @@ def dance_grpo_step(
     """
     dynamics = "dance" if sde_solver else "euler_noise"
     if exact_order:
-        here, there = _scalars(sigmas, index, latents)
+        here, there = exact.sigma_pair(sigmas, index, latents)
         moments = exact.dance_sde(model_output, latents, here, there, eta, sde_solver=sde_solver)
         if not grpo:
             return moments.mean, moments.x0
@@ -198,13 +198,6 @@ def _exact(
     if not return_stats:
         return found
     return *found, moments.mean, torch.as_tensor(moments.std, device=log_prob.device), dt
-
-
-def _scalars(sigmas: Tensor, index: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    here, there = sigmas[index], sigmas[index + 1]
-    if here.dim() > 0:
-        raise ValueError("exact_order = True: the host has one index for all rows; pass it 0-d")
-    return here.to(like.device), there.to(like.device)
 
 
 PATCHES = (

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast.integrations.common import Generators, ddim_table, rows, step
+from dancegrpo_fast.integrations.diffusers import check_affine
 from dancegrpo_fast.integrations.patching import Patch, install
 
 
@@ -71,7 +72,9 @@ def scheduler_step(
 
     Source: DDIM, arXiv 2010.02502, equations 12 and 16; DDPO, arXiv 2305.13301.
     """
-    _check(self, generator, prev_sample)
+    check_affine(self)
+    if generator is not None and prev_sample is not None:
+        raise ValueError("generator and prev_sample are both given: pass one of them")
     table = ddim_table(
         self.alphas_cumprod, stride=self.config.num_train_timesteps // self.num_inference_steps,
         eta=eta, prediction=self.config.prediction_type, device=sample.device,
@@ -89,19 +92,6 @@ def scheduler_step(
         residual = (out.prev_sample.detach() - out.mean).flatten(1)
         log_prob = row[:, 4] - row[:, 3] * residual.square().mean(1)
     return DDPOSchedulerOutput(out.prev_sample.to(sample.dtype), log_prob)
-
-
-def _check(scheduler: Any, generator: Generators, prev_sample: Tensor | None) -> None:
-    if scheduler.num_inference_steps is None:
-        raise ValueError("num_inference_steps = None: call set_timesteps first")
-    if generator is not None and prev_sample is not None:
-        raise ValueError("generator and prev_sample are both given: pass one of them")
-    for name in ("clip_sample", "thresholding"):
-        if getattr(scheduler.config, name, False):
-            raise ValueError(
-                f"{name} = True: the step is then not affine in the prediction; make the scheduler "
-                f"with {name}=False, as Stable Diffusion has it"
-            )
 
 
 PATCHES = (Patch("trl.models.modeling_sd_base", "scheduler_step", scheduler_step),)
