@@ -285,3 +285,19 @@ def test_many_chunks_agree_with_float64(kernels: Any) -> None:
     a, b, _, w, c = table[0, :5].to(F64)
     e = ((y.to(F64) - (a * x.to(F64) + b * m.to(F64))) ** 2).mean()
     assert abs(float(lp[0] - (c - w * e))) < 5e-6
+
+
+@pytest.mark.parametrize("dynamics", ["dance", "flow", "flow_wan", "cps", "ode", "euler_noise"])
+def test_rows_of_sigma_pairs_are_those_of_the_cpu(dynamics: str) -> None:
+    from dancegrpo_fast.integrations.common import pair_rows
+
+    sigma = torch.linspace(1, 0.1, 7, dtype=F64)
+    args: Any = {"dynamics": dynamics, "batch": 7, "level": 0.7, "sigma_min": 0.0}
+    wanted = pair_rows(sigma, sigma * 0.9, **args, sigma_max=0.95)
+    sigma = sigma.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = pair_rows(sigma, sigma * 0.9, **args, sigma_max=0.95)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1.2e-7, atol=0)

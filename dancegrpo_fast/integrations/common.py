@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dancegrpo_fast.integrations.pairs import pair_rows
 from dancegrpo_fast.integrations.tables import (
     FLOW_DYNAMICS,
     ddim_table,
     flow_table,
     noise_table,
-    pair_rows,
     per_sample,
     rows,
     timestep_index,

@@ -6,10 +6,9 @@ formulas for numbers), rounded once and moved to the latents' device.
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ def flow_table(
         ValueError: An unknown dynamics, level or shape out of range; on the CPU also sigmas that
             are out of range or rise. On a device values are not read: such rows are NaN.
     """
-    _check_flow(dynamics, level)
+    check_flow(dynamics, level)
     if sigmas.dim() != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas has shape {list(sigmas.shape)}: must be [steps + 1]")
     device = torch.device(sigmas.device if device is None else device)
@@ -93,10 +92,10 @@ def flow_table(
     def build() -> Tensor:
         points = sigmas.detach().to(torch.float64)
         pairs = points[:-1], points[1:]
-        _check_sigmas(*pairs)
+        check_sigmas(*pairs)
         high = points[1] if sigma_max is None else sigma_max
-        rows, _ = _flow_rows(*pairs, dynamics, level, points[-1], high, exact_density)
-        return _finish(rows, normaliser, device, dtype)
+        rows, _ = flow_rows(*pairs, dynamics, level, points[-1], high, exact_density)
+        return finish(rows, normaliser, device, dtype)
 
     return TABLES.get(sigmas, key, build)
 
@@ -115,13 +114,13 @@ def noise_table(
 
     [T, 3] float32, cached; dt = sigma' - sigma < 0. Arguments and errors as `flow_table`.
     """
-    _check_flow(dynamics, level)
+    check_flow(dynamics, level)
     device = torch.device(sigmas.device if device is None else device)
 
     def build() -> Tensor:
         points = sigmas.detach().to(torch.float64)
         high = points[1] if sigma_max is None else sigma_max
-        _, rate = _flow_rows(points[:-1], points[1:], dynamics, level, points[-1], high, False)
+        _, rate = flow_rows(points[:-1], points[1:], dynamics, level, points[-1], high, False)
         dt = points.diff()
         columns = torch.stack((rate.expand_as(dt), torch.sqrt(-dt), dt), dim=1)
         return columns.to(torch.float32).to(device, non_blocking=True)
@@ -129,85 +128,7 @@ def noise_table(
     return TABLES.get(sigmas, ("noise", dynamics, level, sigma_max, device), build)
 
 
-def pair_rows(
-    sigma: float | Tensor,
-    sigma_next: float | Tensor,
-    *,
-    dynamics: str,
-    batch: int,
-    level: float | Tensor = 0.0,
-    normaliser: bool = True,
-    exact_density: bool = False,
-    sigma_min: float | Tensor | None = None,
-    sigma_max: float | Tensor | None = None,
-    device: Device = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Coefficient rows for hosts that pass the two sigmas of a step.
-
-    Numbers are looked up after the first call. Tensors are computed with where they lie, in about
-    forty small launches: prefer `flow_table` wherever the host has the whole schedule.
-
-    Args:
-        sigma, sigma_next: Numbers, or tensors with 1 or `batch` elements.
-        dynamics, normaliser, exact_density, dtype: As in `flow_table`.
-        batch: B.
-        level: A number, or a tensor with 1 or `batch` elements.
-        sigma_min: For "flow_wan" only, required there: the last sigma of the schedule.
-        sigma_max: For "flow" (where sigma can be 1) and "flow_wan": the second sigma.
-        device: None: that of the first of sigma, sigma_next, level that is a tensor, else the CPU.
-
-    Returns:
-        [batch, 8]; rows that are the same share memory.
-
-    Raises:
-        ValueError: As `flow_table`; sigma_min or sigma_max missing.
-    """
-    _check_flow(dynamics, level if isinstance(level, float | int) else 0.0)
-    if dynamics == "flow_wan" and (sigma_min is None or sigma_max is None):
-        raise ValueError("dynamics = 'flow_wan': needs sigma_min and sigma_max of the schedule")
-    values = (sigma, sigma_next, level, sigma_min, sigma_max)
-    options = (dynamics, normaliser, exact_density)
-    where = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
-    device = torch.device(where if device is None else device)
-    if not any(isinstance(value, Tensor) for value in values):
-        found = _number_rows(values, options, device, dtype)
-    else:
-        found = _pair_rows(values, options, where, device, dtype)
-    if len(found) not in (1, batch):
-        raise ValueError(f"sigma has {len(found)} elements: must be 1 or {batch}, the batch")
-    return found.expand(batch, 8)
-
-
-def _pair_rows(
-    values: Sequence[Any],
-    options: tuple[str, bool, bool],
-    where: torch.device,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    dynamics, normaliser, exact_density = options
-    sigma, sigma_next, level, low, high = (_as_float64(value, where) for value in values)
-    _check_sigmas(sigma, sigma_next)
-    rows, _ = _flow_rows(sigma, sigma_next, dynamics, level, low, high, exact_density)
-    return _finish(rows, normaliser, device, dtype)
-
-
-def _as_float64(value: float | Tensor | None, device: torch.device) -> Tensor:
-    """[1] or [n]; a number is filled in on the device, for copying it there would wait."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, torch.float64, non_blocking=True).reshape(-1)
-    fill = math.nan if value is None else float(value)
-    return torch.full((1,), fill, dtype=torch.float64, device=device)
-
-
-@functools.lru_cache(maxsize=4096)
-def _number_rows(values: Any, options: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # As in _Tables.get.
-        return _pair_rows(values, options, torch.device("cpu"), device, dtype)
-
-
-def _check_flow(dynamics: str, level: float) -> None:
+def check_flow(dynamics: str, level: float) -> None:
     if dynamics not in FLOW_DYNAMICS:
         raise ValueError(f"dynamics = {dynamics!r}: must be one of {', '.join(FLOW_DYNAMICS)}")
     if not 0.0 <= level < math.inf or (dynamics == "cps" and level > 1):
@@ -215,7 +136,7 @@ def _check_flow(dynamics: str, level: float) -> None:
         raise ValueError(f"level = {level}: must be {limit}")
 
 
-def _check_sigmas(sigma: Tensor, sigma_next: Tensor) -> None:
+def check_sigmas(sigma: Tensor, sigma_next: Tensor) -> None:
     if sigma.device.type != "cpu":
         return
     if not bool(((sigma_next >= 0) & (sigma_next <= sigma) & (sigma <= 1)).all()):
@@ -224,7 +145,7 @@ def _check_sigmas(sigma: Tensor, sigma_next: Tensor) -> None:
         )
 
 
-def _flow_rows(
+def flow_rows(
     sigma: Tensor,
     sigma_next: Tensor,
     dynamics: str,
@@ -277,7 +198,7 @@ def _gaussian(a: Tensor, b: Tensor, s: Tensor, p: Tensor, q: Tensor, published: 
     return torch.stack(torch.broadcast_tensors(a, b, s, w, c, k, p, q), dim=1)
 
 
-def _finish(rows: Tensor, normaliser: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+def finish(rows: Tensor, normaliser: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
     if not normaliser:
         rows[:, 4] *= 0  # NaN stays
     return rows.to(dtype).to(device, non_blocking=True)
@@ -321,7 +242,7 @@ def ddim_table(
         pairs = zip(alphas, ends, strict=True)
         steps = [tuple(ddim(here, there, eta, prediction)) for here, there in pairs]
         made = torch.tensor(steps, dtype=torch.float64, device="cpu")
-        return _finish(made, normaliser, device, dtype)
+        return finish(made, normaliser, device, dtype)
 
     return TABLES.get(alphas_cumprod, key, build)
 

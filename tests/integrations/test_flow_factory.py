@@ -14,7 +14,7 @@ from stand_ins import Truth, check, packages
 from torch import Tensor
 
 from dancegrpo_fast import dance_schedule
-from dancegrpo_fast.integrations import exact, flow_factory, tables
+from dancegrpo_fast.integrations import exact, flow_factory, pairs
 
 SIGMAS = torch.tensor(dance_schedule(8, 3.0).sigmas, dtype=torch.float32)
 TIMES = SIGMAS * 1000
@@ -347,7 +347,7 @@ def test_launches_and_syncs(
     name: str, counts: Callable[[Callable[[], object]], Counts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Sigmas and timesteps that lie on the CPU are checked there; on a device nothing is read.
-    monkeypatch.setattr(tables, "_check_sigmas", lambda *sigmas: None)
+    monkeypatch.setattr(pairs, "check_sigmas", lambda *sigmas: None)
     before, after = (counts(CALLS[name](exact)) for exact in (True, False))
     assert after.syncs == 0
     if "pair" not in name:
