@@ -4,8 +4,9 @@ The five functions take checked arguments in the order of the native module and 
 autograd. Importing this package imports Triton, so `ops` does it only when it is asked for.
 
 `tiles.py` holds the sum and the layouts that all kernels share; `philox.py` the normal;
-`rollout.py`, `residual.py`, `finalise.py`, `nft.py` and `gradient.py` one step each; `rows.py` makes
-coefficients from sigmas on the device; `layout.py`, `configs.py` and `launch.py` are the host's side.
+`rollout.py`, `residual.py`, `finalise.py`, `nft.py` and `gradient.py` one step each; `rows.py`
+makes coefficients from sigmas on the device; `layout.py`, `configs.py` and `launch.py` are the
+host's side.
 """
 
 from dancegrpo_fast.ops.kernels.finalise import policy_loss, transition_log_prob
