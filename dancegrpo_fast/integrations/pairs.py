@@ -105,10 +105,18 @@ def _kernel_rows(values: Sequence[Any], options: tuple[str, bool, bool], where: 
     return found
 
 
-@functools.lru_cache(maxsize=256)
 def _filled(value: float, device: torch.device) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _fill(value, device)  # the graph's own: it holds nothing before a replay
+    return _kept(value, device)
+
+
+def _fill(value: float, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # As in _Tables.get.
         return torch.full((1,), value, dtype=torch.float64, device=device)
+
+
+_kept = functools.lru_cache(maxsize=256)(_fill)
 
 
 def _as_float64(value: float | Tensor | None, device: torch.device) -> Tensor:

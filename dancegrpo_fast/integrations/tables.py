@@ -41,7 +41,10 @@ class _Tables:
             entry = (weakref.ref(source, lambda _: self._kept.pop(name, None)), version, {})
             self._kept[name] = entry
         if key not in entry[2]:
-            entry[2][key] = build()
+            value = build()
+            if value.is_cuda and torch.cuda.is_current_stream_capturing():
+                return value  # the graph's own: it holds nothing before a replay
+            entry[2][key] = value
         return entry[2][key]
 
 

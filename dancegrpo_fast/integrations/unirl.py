@@ -57,7 +57,7 @@ class _Strategy:
             noise_pred: v, [B, ...], any floating dtype.
             sample: x, the same shape. x' is rounded to its dtype before the log-prob is taken.
             sigma, sigma_next: 0-d or [B]. Elements of one schedule (`schedule[i]`) cost one lookup
-                in its table; others about forty small launches.
+                in its table; others are computed anew (`pair_rows`).
             eta: Noise level; below 1e-7 the step is the ODE's.
             prev_sample: x', or None to draw it with torch's own generator, also for the ODE: the
                 numbers of a seed are UniRL's.

@@ -72,7 +72,7 @@ def sample_previous_step(
         generator: For x'.
         per_token_timesteps: Not supported by the original either.
         noise_level: A number, or a tensor with one element for each row (requests with different
-            SDE windows), which costs about forty small launches.
+            SDE windows), for which coefficients are computed anew (`pair_rows`).
         prev_sample: x', or None to draw it.
         sde_type: "sde" (Flow-GRPO), "cps" or "dance_sde".
         return_logprobs: False: None in place of the log-prob.
