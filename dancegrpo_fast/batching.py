@@ -9,8 +9,9 @@ weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from dancegrpo_fast.advantages import LeafAdvantages
 from dancegrpo_fast.ops.noise import NoiseKey, permutation
 from dancegrpo_fast.tree import TreePlan
 
+T = TypeVar("T")
 _UPDATE, _SUBSET = 0, 1  # Domains below the selection key.
 
 
@@ -94,6 +96,19 @@ def leaf_owners(prompts: int, group_size: int, world_size: int) -> np.ndarray:
     return owner.reshape(prompts, group_size)
 
 
+def micro_batches(
+    items: Sequence[T], size: int, kind: Callable[[T], Hashable]
+) -> list[list[T]]:
+    """Cut items, in order, into batches of at most `size`; unequal kinds never share one."""
+    batches: list[list[T]] = []
+    for item in items:
+        if batches and len(batches[-1]) < size and kind(batches[-1][0]) == kind(item):
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches
+
+
 def build_updates(
     plan: TreePlan,
     advantages: LeafAdvantages,
@@ -107,6 +122,7 @@ def build_updates(
     timestep_fraction: float = 1.0,
     micro_batch_size: int = 1,
     edge_values: np.ndarray | None = None,
+    kinds: Sequence[Hashable] | None = None,
 ) -> list[Update]:
     """The update schedule of one iteration for one rank.
 
@@ -122,6 +138,7 @@ def build_updates(
         timestep_fraction: Share of a sample's trained steps that enter its update.
         micro_batch_size: States per forward and backward.
         edge_values: [P, states, C] for edge-wise credit (`depth`, `siblings`); None credits leaves.
+        kinds: [P] prompts of unequal kinds (text lengths) never share a micro-batch; None: all may.
     """
     prompts, group_size, columns = advantages.values.shape
     owner = leaf_owners(prompts, group_size, world_size)
@@ -149,7 +166,9 @@ def build_updates(
 
     anchor = _anchors(plan, owner, advantages.valid, world_size)
     return [
-        _update_for_rank(plan, ranks, anchor, modules, rank, micro_batch_size, columns)
+        _update_for_rank(
+            plan, ranks, anchor, modules, rank, micro_batch_size, columns, kinds or [0] * prompts
+        )
         for ranks in table
     ]
 
@@ -207,14 +226,18 @@ def _update_for_rank(
     rank: int,
     micro_batch_size: int,
     columns: int,
+    kinds: Sequence[Hashable],
 ) -> Update:
     items_of = [_items_by_module(plan, credits, modules) for credits in ranks]
     names = [name for name in dict.fromkeys(modules) if any(name in items for items in items_of)]
+
+    def batches_of(items: dict[str, list[Item]], name: str) -> list[list[Item]]:
+        return micro_batches(items.get(name, []), micro_batch_size, lambda i: kinds[i.prompt])
+
     calls: list[Call] = []
     for name in names:
-        most = max(-(-len(items.get(name, ())) // micro_batch_size) for items in items_of)
-        own = items_of[rank].get(name, [])
-        batches = [own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]
+        most = max(len(batches_of(items, name)) for items in items_of)
+        batches = batches_of(items_of[rank], name)
         padding = _idle_item(plan, anchors[rank], modules, name, columns)
         batches += [[padding]] * (most - len(batches))
         calls += [Call(name, tuple(batch)) for batch in batches]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dancegrpo_fast.config import UserError
 from dancegrpo_fast.parallel.world import World
-from dancegrpo_fast.policy import ADAPTER, Policy
+from dancegrpo_fast.policy import Policy
 
 logger = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
@@ -111,28 +111,6 @@ def load(folder: Path, tensors: dict[str, Tensor], world: World) -> Snapshot | N
             dcp.load(tensors, checkpoint_id=str(candidate), no_dist=world.size == 1)
         return Snapshot(manifest["iteration"], tensors, manifest["extra"])
     return None
-
-
-def export(pipeline: Any, policy: Policy, out: Path) -> None:
-    """Write what a stock diffusers pipeline loads: a whole folder, or LoRA weights.
-
-    With an average (`policy.ema_decay`), the averaged weights are written.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with policy.averaged():
-        if policy.config.train == "full":
-            pipeline.save_pretrained(out, safe_serialization=True)
-            return
-        from peft.utils import get_peft_model_state_dict
-
-        modules: dict[str, Any] = dict(policy.modules)
-        for position, (name, module) in enumerate(modules.items()):
-            # diffusers loads a second expert's LoRA from a file of its own.
-            pipeline.save_lora_weights(
-                out / name if position else out,
-                transformer_lora_layers=get_peft_model_state_dict(module, adapter_name=ADAPTER),
-                transformer_lora_adapter_metadata=module.peft_config[ADAPTER].to_dict(),
-            )
 
 
 def file_hash(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from dancegrpo_fast.config import UserError
 from dancegrpo_fast.ops.noise import NoiseKey, permutation
+from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.roles import Role
 
 
@@ -21,18 +23,19 @@ class PromptSet:
         prompts: The prompts; repeated lines are repeated prompts, drawn as often as they stand.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
 
     @classmethod
     def load(cls, path: str | Path, *, field: str = "data.prompts") -> PromptSet:
         """Reads one prompt a line; blank lines are skipped.
 
         Args:
-            path: UTF-8 text file.
+            path: UTF-8 text file; or, named .jsonl, one JSON object a line with "prompt", perhaps
+                "image" (a file in the folder of `path` or below), and what rewards are told.
             field: Configuration field that named the file, for the error message.
 
         Raises:
-            UserError: The file cannot be read or holds no prompt.
+            UserError: The file cannot be read, a line is malformed, or there is no prompt.
         """
         where = f"{field} = {str(path)!r}"
         try:
@@ -45,12 +48,20 @@ class PromptSet:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{where}: cannot be read as UTF-8 text: {error}") from None
         # Not splitlines(): a prompt may hold U+2028 and its kin.
-        prompts = tuple(line for raw in text.split("\n") if (line := raw.strip()))
-        if not prompts:
+        lines = [(n, line) for n, raw in enumerate(text.split("\n"), 1) if (line := raw.strip())]
+        if not lines:
             raise UserError(f"{where}: holds no prompt; write one a line")
-        return cls(prompts)
+        if Path(path).suffix == ".jsonl":
+            folder = Path(path).parent
+            return cls(tuple(_record(line, f"{where}: line {n}", folder) for n, line in lines))
+        return cls(tuple(Prompt(line) for _, line in lines))
 
-    def batch(self, iteration: int, seed: int, count: int) -> list[tuple[int, str]]:
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts' texts."""
+        return tuple(prompt.text for prompt in self.prompts)
+
+    def batch(self, iteration: int, seed: int, count: int) -> list[tuple[int, Prompt]]:
         """Returns the `count` prompts of one iteration as (index in the file, prompt).
 
         Each epoch goes through a fresh permutation. Up to `len(prompts)` prompts are distinct in
@@ -72,6 +83,25 @@ class PromptSet:
             index = int(_epoch_order(total, seed, epoch)[place])
             chosen.append((index, self.prompts[index]))
         return chosen
+
+
+def _record(line: str, where: str, folder: Path) -> Prompt:
+    """A line of a .jsonl file."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: is not JSON: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise UserError(f'{where}: must be an object with a text under "prompt"')
+    text, image = record.pop("prompt"), record.pop("image", None)
+    if image is None:
+        return Prompt(text, None, record)
+    file = folder / str(image)
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{where}: image {image!r} lies outside {folder}; move it there")
+    if not file.is_file():
+        raise UserError(f"{where}: image {image!r}: no such file in {folder}")
+    return Prompt(text, file, record)
 
 
 @lru_cache(maxsize=4)

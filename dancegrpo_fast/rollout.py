@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from dancegrpo_fast.advantages import check_credit
 from dancegrpo_fast.config import RolloutConfig, RunConfig
-from dancegrpo_fast.models.family import DTYPES, Conditions, Family, Grid, evaluate
+from dancegrpo_fast.batching import micro_batches
+from dancegrpo_fast.models.conditions import Conditions
+from dancegrpo_fast.models.family import DTYPES, Family, evaluate
+from dancegrpo_fast.models.source import Grid
 from dancegrpo_fast.ops import sample_transition
 from dancegrpo_fast.ops.noise import DrawKey, NoiseKey, keys_table, normal_batch, randint
 from dancegrpo_fast.roles import Role
@@ -90,7 +93,7 @@ def draw_trees(
     """Draw this rank's part of P trees.
 
     Args:
-        family: Answers `velocity`, latent shape and action box.
+        family: Answers `model_output`, latent shape and action box.
         modules: Networks by name (unwrapped: nothing here needs gradients).
         plan: The tree of every prompt.
         coefficients: [states, 8] of `plan.transitions`, on the device.
@@ -107,12 +110,12 @@ def draw_trees(
     keys = {p: key.fold_in(p) for p in held}
     names = family.grid.module_names(plan.schedule)
     drawn = Trajectories(plan, coefficients, leaves)
-    front = _draw_roots(family, plan, held, keys, DTYPES[latent_dtype])
+    front = _draw_roots(family, plan, held, keys, conditions, DTYPES[latent_dtype])
     for step in range(plan.schedule.steps):
         drawn.keep(front)
-        places, following = sorted(front), {}
-        for start in range(0, len(places), batch_size):
-            batch = places[start : start + batch_size]
+        following = {}
+        kinds = conditions.kinds
+        for batch in micro_batches(sorted(front), batch_size, lambda place: kinds[place[0]]):
             fan = Fan.of(batch, [[c for c in plan.children[s] if c in held[p]] for p, s in batch])
             latents = torch.stack([front[place] for place in batch])
             output = evaluate(family, modules[names[step]], plan, conditions, batch, latents)
@@ -148,9 +151,11 @@ def _draw_roots(
     plan: TreePlan,
     held: Mapping[int, frozenset[int]],
     keys: Mapping[int, NoiseKey],
+    conditions: Conditions,
     dtype: torch.dtype,
 ) -> dict[Place, Tensor]:
     places = [(p, s) for p in held for s in sorted(held[p]) if plan.states[s].parent < 0]
     draws = keys_table([noise_key(keys[p], plan.states[s], ROOT_STEP) for p, s in places])
     noise = normal_batch(family.latent_shape, draws, dtype=dtype, device=family.device)
-    return dict(zip(places, noise, strict=True))
+    roots = family.begin(noise, conditions.select([p for p, _ in places]))
+    return dict(zip(places, roots, strict=True))

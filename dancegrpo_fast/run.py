@@ -19,7 +19,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dancegrpo_fast import checkpoint
 from dancegrpo_fast.config import Interrupted, RunConfig, UserError, dump, load_config
 from dancegrpo_fast.data import PromptSet
+from dancegrpo_fast.models import export
 from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.report.evaluate import Difference, Draw, Evaluation, evaluate
 from dancegrpo_fast.report.metrics import MetricsLog
 from dancegrpo_fast.report.result import Outcome, write_report, write_summary
@@ -70,7 +72,7 @@ def restore(folder: Path) -> Trainer:
 class _Run:
     def __init__(self, config: RunConfig, world: World, resume: bool) -> None:
         self.config, self.world, self.folder = config, world, Path(config.output)
-        self.held_out: tuple[str, ...] = ()
+        self.held_out: tuple[Prompt, ...] = ()
         if config.evaluation.prompts:
             held_out = PromptSet.load(config.evaluation.prompts, field="evaluation.prompts")
             self.held_out = held_out.prompts
@@ -103,7 +105,7 @@ class _Run:
             final = self.folder / "final"
             if self.world.is_main:
                 started = time.perf_counter()
-                checkpoint.export(self.trainer.family.pipeline, self.trainer.policy, final)
+                export(self.trainer.family, self.trainer.policy, final)
                 self._spend("export", started)
                 logger.info("weights for a stock pipeline: %s", final)
             self.world.barrier()
@@ -178,18 +180,16 @@ class _Run:
         if not (self.held_out and self.world.is_main):
             return
         trainer = self.trainer
-        with trainer.policy.averaged():
-            found = self._evaluate(
-                f"iteration {trainer.done}",
-                lambda prompts, latents: trainer.family.draw(
-                    trainer.family.pipeline, prompts, latents, self.config.rollout.steps
-                ),
-            )
+        with trainer.policy.averaged(), trainer.family.live_pipeline() as pipeline:
+            found = self._evaluate(f"iteration {trainer.done}", self._draw_with(pipeline))
         self._log_evaluation(found, trainer.done)
 
     def _stock_draw(self, exported: Path | None) -> Draw:
+        family = self.trainer.family
+        return self._draw_with(family.stock_pipeline(exported, self.config.policy.train))
+
+    def _draw_with(self, pipeline: Any) -> Draw:
         family, steps = self.trainer.family, self.config.rollout.steps
-        pipeline = family.stock_pipeline(exported, self.config.policy.train)
         return lambda prompts, latents: family.draw(pipeline, prompts, latents, steps)
 
     def _evaluate(self, what: str, draw: Draw) -> Evaluation:
@@ -219,7 +219,7 @@ class _Run:
         }
         self.log.write(iteration, values)
         for prompt, clip in zip(self.held_out[:4], found.clips[:4], strict=False):
-            self.log.add_clip(f"held out {prompt}", torch.from_numpy(clip) / 255, iteration)
+            self.log.add_clip(f"held out {prompt.text}", torch.from_numpy(clip) / 255, iteration)
 
     def _report(self, final: Path) -> Path:
         trained = self._evaluate("exported weights", self._stock_draw(final))
@@ -227,7 +227,7 @@ class _Run:
         assert self.base is not None
         outcome = Outcome(
             self.config,
-            self.held_out,
+            tuple(prompt.text for prompt in self.held_out),
             self.base,
             trained,
             {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,11 +25,11 @@ from dancegrpo_fast.batching import Update, build_updates, leaf_owners
 from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.losses.gate import forward_settings
-from dancegrpo_fast.models import load_family, load_grid
-from dancegrpo_fast.models.family import Conditions
+from dancegrpo_fast.models import Conditions, open_family
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
+from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import load_rewards
 from dancegrpo_fast.rewards.scoring import score_latents
 from dancegrpo_fast.roles import Role
@@ -59,12 +59,12 @@ class Trainer:
         prompts, group_size = config.data.prompts_per_iteration, config.rollout.group_size
         try:
             self.owner = leaf_owners(prompts, group_size, world.size)
-            plan_iteration(config, load_grid(config.model), 0)
+            self.family = open_family(config.model, world.device)
+            plan_iteration(config, self.family.grid, 0)
         except ValueError as error:  # The core's own words, before anything large is loaded.
             raise UserError(str(error)) from error
-        self.family = load_family(config.model, world.device)
         self.policy = Policy(
-            self.family.modules,
+            self.family.load().modules,
             config.policy,
             lora_targets=self.family.lora_targets,
             key=self.key.fold_in(Role.ADAPTER),
@@ -96,7 +96,7 @@ class Trainer:
             running=self.running,
         )
         with self.stage("update"):
-            updates = self.schedule_updates(plan, rewards, advantages)
+            updates = self.schedule_updates(plan, rewards, advantages, conditions.kinds)
             metrics = self.update(updates, drawn, conditions, advantages)
 
         self.done += 1
@@ -138,9 +138,9 @@ class Trainer:
                 progress=bar.update,
             )
 
-    def score(self, drawn: Trajectories, prompts: list[str]) -> np.ndarray:
+    def score(self, drawn: Trajectories, prompts: Sequence[Prompt]) -> np.ndarray:
         """Decode and score this rank's samples; returns every rank's rewards [P, G, R]."""
-        texts = [prompts[p] for p, _ in drawn.leaves]
+        texts = [prompts[p].text for p, _ in drawn.leaves]
         with self.bar("score", len(texts)) as bar:
             own = score_latents(
                 drawn.samples(),
@@ -163,7 +163,11 @@ class Trainer:
         return rewards
 
     def schedule_updates(
-        self, plan: TreePlan, rewards: np.ndarray, advantages: LeafAdvantages
+        self,
+        plan: TreePlan,
+        rewards: np.ndarray,
+        advantages: LeafAdvantages,
+        kinds: Sequence[int] | None = None,
     ) -> list[Update]:
         """Which states this rank trains in which micro-batch of which update."""
         config = self.config
@@ -184,6 +188,7 @@ class Trainer:
             timestep_fraction=config.loss.timestep_fraction,
             micro_batch_size=config.loss.micro_batch_size,
             edge_values=edge_values,
+            kinds=kinds,
         )
 
     def update(

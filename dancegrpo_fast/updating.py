@@ -20,7 +20,8 @@ from dancegrpo_fast.losses.gate import (
     gap_report,
 )
 from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss, recompute_log_prob
-from dancegrpo_fast.models.family import Conditions, Family
+from dancegrpo_fast.models.conditions import Conditions
+from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.ops import POLICY_METRICS
 from dancegrpo_fast.parallel.ddp import Replicated
 from dancegrpo_fast.parallel.world import World

@@ -6,17 +6,50 @@ import pytest
 
 from dancegrpo_fast.config import UserError
 from dancegrpo_fast.data import PromptSet
+from dancegrpo_fast.prompt import Prompt
 
 
 def prompt_set(count: int) -> PromptSet:
-    return PromptSet(tuple(f"prompt {i}" for i in range(count)))
+    return PromptSet(tuple(Prompt(f"prompt {i}") for i in range(count)))
 
 
 def test_load_keeps_order_and_repeated_lines_and_skips_blank_ones(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red square\r\n\n  \nblue \u2028 ring\na red square".encode())
-    prompts = PromptSet.load(path).prompts
+    prompts = PromptSet.load(path).texts
     assert prompts == ("a red square", "blue \u2028 ring", "a red square")
+
+
+def test_jsonl_lines_hold_images_and_what_rewards_are_told(tmp_path):
+    (tmp_path / "frame.png").write_bytes(b"")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "a cat", "image": "frame.png"}\n\n{"prompt": "a dog", "count": 2, "tags": ["x"]}'
+    )
+    first, second = PromptSet.load(path).prompts
+    assert first == Prompt("a cat", tmp_path / "frame.png")
+    assert second == Prompt("a dog", None, {"count": 2, "tags": ["x"]})
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{not json", "is not JSON"),
+        ("[1]", 'must be an object with a text under "prompt"'),
+        ('{"prompt": 3}', 'must be an object with a text under "prompt"'),
+        ('{"prompt": "a", "image": "../x.png"}', "image '../x.png' lies outside"),
+        ('{"prompt": "a", "image": "/etc/hostname"}', "image '/etc/hostname' lies outside"),
+        ('{"prompt": "a", "image": "gone.png"}', "image 'gone.png': no such file"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, reason):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line)
+    with pytest.raises(UserError) as caught:
+        PromptSet.load(path)
+    message = str(caught.value)
+    assert message.startswith(f"data.prompts = {str(path)!r}: line 2: {reason}")
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -69,7 +102,7 @@ def test_a_batch_is_a_function_of_seed_and_iteration_alone():
     forward = [prompt_set(10).batch(i, 3, 4) for i in range(6)]
     backward = [prompt_set(10).batch(i, 3, 4) for i in reversed(range(6))][::-1]
     assert forward == backward
-    assert all(text == f"prompt {index}" for batch in forward for index, text in batch)
+    assert all(p.text == f"prompt {index}" for batch in forward for index, p in batch)
     assert forward != [prompt_set(10).batch(i, 4, 4) for i in range(6)]
     # Two iterations an epoch: epochs differ, and so does what an epoch leaves out.
     epochs = [sorted(i for b in forward[e : e + 2] for i, _ in b) for e in (0, 2, 4)]

@@ -146,7 +146,7 @@ def test_wrong_guidance(tmp_path, tiny_wan_folder, mode):
 
     def trained_with(guidance):
         trainer = make_trainer(tmp_path, tiny_wan_folder, mode, {"model.guidance": 1.5})
-        plant_before_training(trainer, lambda t: setattr(t.family, "guidance", guidance))
+        plant_before_training(trainer, lambda t: t.family.guidance.update(transformer=guidance))
         return trainer
 
     message = refused(trained_with(1.5 + off), limit)
@@ -163,7 +163,8 @@ def test_changed_conditions(tmp_path, tiny_wan_folder, mode):
     limit = MODES[mode][1]
 
     def other_text(trainer):
-        seen[-1].prompt_embeds.mul_(1 + 120 * limit)
+        for row in seen[-1].rows:
+            row.positive["text"].mul_(1 + 120 * limit)
 
     plant_before_training(trainer, other_text)
     message = refused(trainer, limit)
@@ -174,12 +175,12 @@ def test_batch_shape_is_said_to_explain_a_gap(tmp_path, tiny_wan_folder, mode):
     """A network whose result depends on the batch size, as fast kernels' do."""
     limit = MODES[mode][1]
     trainer = make_trainer(tmp_path, tiny_wan_folder, mode, {"loss.micro_batch_size": 2})
-    velocity = trainer.family.velocity
+    velocity = trainer.family.model_output
 
-    def uneven(module, latents, timesteps, conditions):
-        return velocity(module, latents, timesteps, conditions) * (1 + 3 * limit * len(latents))
+    def uneven(module, latents, *rest):
+        return velocity(module, latents, *rest) * (1 + 3 * limit * len(latents))
 
-    trainer.family.velocity = uneven
+    trainer.family.model_output = uneven
     # Step 0 has one state a prompt: its two states are a batch of 2 in the rollout as well.
     message = refused(trainer, limit, steps=("1", "2"))
     assert "  batch_size: rollout 8, training 2" in message.split("\n")

@@ -235,13 +235,13 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.models.wan import WanFamily
-velocity, calls = WanFamily.velocity, []
+model_output, calls = WanFamily.model_output, []
 def interrupted(self, *arguments):
     calls.append(torch.is_grad_enabled())
     if calls.count(False) == 6:  # The second step of the second rollout.
         os.kill(os.getpid(), signal.SIGINT)
-    return velocity(self, *arguments)
-WanFamily.velocity = interrupted
+    return model_output(self, *arguments)
+WanFamily.model_output = interrupted
 sys.exit(main(["train", sys.argv[1]]))
 """
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dancegrpo_fast.batching import leaf_owners
-from dancegrpo_fast.models.family import Conditions, evaluate
+from dancegrpo_fast.models.conditions import Condition, Conditions
+from dancegrpo_fast.models.family import evaluate
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.rollout import draw_trees
 from dancegrpo_fast.schedules import dance_schedule
@@ -46,7 +47,6 @@ class Family:
     """Stand-in for a model family; rows are evaluated one by one, so batches change no bit."""
 
     device = torch.device("cpu")
-    guidance = 1.0
     latent_shape = SHAPE
 
     def __init__(self, names: Sequence[str], box: tuple[tuple[int, int], ...] | None) -> None:
@@ -54,12 +54,20 @@ class Family:
         self.evaluations = 0
         self.grid = SimpleNamespace(module_names=lambda schedule: tuple(names))
 
-    def velocity(
-        self, module: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions
+    def begin(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        return latents
+
+    def model_output(
+        self,
+        module: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditions: Conditions,
+        name: str,
     ) -> Tensor:
         self.evaluations += len(latents)
         dtype = next(module.parameters()).dtype
-        rows = features(latents, timesteps, conditions.prompt_embeds, dtype)
+        rows = features(latents, timesteps, conditions.positive()["text"], dtype)
         return torch.stack([module(row) for row in rows]).reshape(latents.shape)
 
 
@@ -74,7 +82,8 @@ def features(
 def embeddings(prompts: int) -> Conditions:
     """What the network is told about some prompts."""
     embeds = torch.linspace(-1, 1, 3 * prompts, dtype=torch.float64)
-    return Conditions(embeds.reshape(prompts, 1, 3))
+    rows = embeds.reshape(prompts, 1, 3)
+    return Conditions.of([Condition({"text": row}) for row in rows])
 
 
 class ReferencePolicy:

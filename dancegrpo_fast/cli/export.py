@@ -29,15 +29,15 @@ def run(args: argparse.Namespace) -> int:
     from dancegrpo_fast.quiet import quiet_libraries
 
     quiet_libraries()
-    from dancegrpo_fast import checkpoint
     from dancegrpo_fast.config import UserError
+    from dancegrpo_fast.models import export
     from dancegrpo_fast.run import restore
 
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"OUT = {args.out!r}: is not empty; name a new folder")
     trainer = restore(Path(args.run))
-    checkpoint.export(trainer.family.pipeline, trainer.policy, out)
+    export(trainer.family, trainer.policy, out)
     print(f"iteration {trainer.done} of {args.run} written to {out}; load it with\n")
     config = trainer.config
     print(trainer.family.load_lines(out, config.policy.train, config.rollout.steps))

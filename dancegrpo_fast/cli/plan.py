@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     from dancegrpo_fast.config import UserError
-    from dancegrpo_fast.models import load_grid
+    from dancegrpo_fast.models import open_family
     from dancegrpo_fast.rollout import plan_iteration
 
-    grid = load_grid(config.model)
+    grid = open_family(config.model).grid
     try:
         plan = plan_iteration(config, grid, args.iteration)
     except ValueError as error:

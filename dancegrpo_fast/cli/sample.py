@@ -48,13 +48,15 @@ def run(args: argparse.Namespace) -> int:
     from dancegrpo_fast.data import PromptSet
     from dancegrpo_fast.models import load_family
     from dancegrpo_fast.parallel.world import World
+    from dancegrpo_fast.prompt import Prompt
     from dancegrpo_fast.report.evaluate import initial_latents
     from dancegrpo_fast.report.metrics import write_gif
     from dancegrpo_fast.run import restore
 
     if args.seeds < 1:
         raise UserError(f"--seeds = {args.seeds}: must be at least 1")
-    prompts = args.prompt or PromptSet.load(args.prompts, field="--prompts").prompts
+    prompts = [Prompt(text) for text in args.prompt or ()]
+    prompts = prompts or list(PromptSet.load(args.prompts, field="--prompts").prompts)
     weights: AbstractContextManager[None] = nullcontext()
     if Path(args.source).is_dir():
         trainer = restore(Path(args.source))
@@ -69,14 +71,15 @@ def run(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     jobs = [(p, s) for p in range(len(prompts)) for s in range(args.seeds)]
     steps = args.steps or config.rollout.steps
-    with weights, torch.no_grad(), tqdm(total=len(jobs), desc="sample") as bar:
+    bar = tqdm(total=len(jobs), desc="sample")
+    with weights, torch.no_grad(), family.live_pipeline() as pipeline, bar:
         for start in range(0, len(jobs), settings.batch_size):
             batch = jobs[start : start + settings.batch_size]
             latents = initial_latents(settings, batch, family.latent_shape, family.device)
-            texts = [prompts[p] for p, _ in batch]
-            videos = family.draw(family.pipeline, texts, latents, steps)
-            for (p, s), text, video in zip(batch, texts, videos, strict=True):
-                name = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:60]
+            chosen = [prompts[p] for p, _ in batch]
+            videos = family.draw(pipeline, chosen, latents, steps)
+            for (p, s), prompt, video in zip(batch, chosen, videos, strict=True):
+                name = re.sub(r"[^A-Za-z0-9]+", "_", prompt.text).strip("_")[:60]
                 write_gif(out / f"{p:04d}_{name}_seed{s}.gif", video)
             bar.update(len(batch))
     print(f"{len(jobs)} samples in {out}")

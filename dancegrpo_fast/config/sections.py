@@ -20,7 +20,10 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    family: Literal["wan"]
+    family: Literal[
+        "flux", "hunyuan_video", "qwen_image", "qwen_image_edit", "sd", "sd3", "skyreels_i2v",
+        "wan", "wan_i2v",
+    ]  # fmt: skip
     """Which of our model families loads the folder."""
     path: str
     """Folder of a diffusers pipeline (relative to the working directory)."""
@@ -34,10 +37,20 @@ class ModelConfig(Section):
     """Frames of one sample; 1 draws images."""
     guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale in rollout and training; 1 means one forward, no guidance."""
+    guidance_2: float | None = Field(default=None, ge=0)
+    """Guidance scale of the second expert (Wan2.2); null is `guidance`."""
+    embedded_guidance: float | None = Field(default=None, ge=0)
+    """Scale that a distilled model takes as an input (FLUX, HunyuanVideo); null is its default."""
     negative_prompt: str = ""
     """Prompt of the unconditional branch; read when guidance is not 1."""
-    max_text_length: int = Field(default=512, ge=1)
-    """Text tokens given to the network; longer prompts are cut."""
+    max_text_length: int | None = Field(default=None, ge=1)
+    """Text tokens given to the network, longer prompts are cut; null is the stock pipeline's."""
+    first_frame: str | None = None
+    """Image-to-video: text-to-image pipeline that draws the first frame of prompts without one."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage and arithmetic of the VAE."""
+    vae_tiling: bool = False
+    """Decode in tiles: less memory, slower, faint seams."""
 
 
 class DataConfig(Section):

@@ -16,7 +16,8 @@ from torch import Tensor
 from dancegrpo_fast.batching import Call, Item
 from dancegrpo_fast.config import LossConfig, UserError
 from dancegrpo_fast.losses.policy_gradient import recompute_log_prob
-from dancegrpo_fast.models.family import Conditions, Family
+from dancegrpo_fast.models.conditions import Conditions
+from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.policy import Policy
 from dancegrpo_fast.trajectories import Fan, Place, Trajectories
 
@@ -31,7 +32,7 @@ class ForwardSettings:
 
     batch_size: int
     dtype: str
-    guidance: float
+    guidance: str
     attention: str
     mode: str
 
@@ -47,8 +48,8 @@ def forward_settings(family: Family, policy: Policy, *, batch_size: int) -> Forw
     }
     return ForwardSettings(
         batch_size=batch_size,
-        dtype=str(getattr(family, "dtype", "unknown")),
-        guidance=family.guidance,
+        dtype=str(family.dtype),
+        guidance=", ".join(f"{scale:g}" for scale in family.guidance.values()),
         attention=", ".join(sorted(backends)) or "none",
         mode="train" if any(module.training for module in modules) else "eval",
     )

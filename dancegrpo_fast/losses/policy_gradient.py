@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dancegrpo_fast.batching import Call
 from dancegrpo_fast.config import LossConfig
-from dancegrpo_fast.models.family import Conditions, Family, evaluate
+from dancegrpo_fast.models.conditions import Conditions
+from dancegrpo_fast.models.family import Family, evaluate
 from dancegrpo_fast.ops import PolicyLoss, policy_loss, transition_log_prob
 from dancegrpo_fast.policy import Policy
 from dancegrpo_fast.trajectories import Fan, Trajectories

@@ -5,20 +5,32 @@ from __future__ import annotations
 import torch
 
 from dancegrpo_fast.config import ModelConfig
-from dancegrpo_fast.models.family import Conditions, Family, Grid, read_grid
-from dancegrpo_fast.models.wan import NETWORKS, WanFamily
+from dancegrpo_fast.models.conditions import Condition, Conditions
+from dancegrpo_fast.models.export import export
+from dancegrpo_fast.models.family import Family
+from dancegrpo_fast.models.source import Grid
+from dancegrpo_fast.models.wan import WanFamily
 
-FAMILIES = {"wan": WanFamily}
+FAMILIES: dict[str, type[Family]] = {"wan": WanFamily}
 
 
-def load_family(config: ModelConfig, device: torch.device) -> Family:
-    """Load `config.path` as the family it names."""
+def open_family(config: ModelConfig, device: torch.device | None = None) -> Family:
+    """The family that `config` names, from configurations alone: no weights are read."""
     return FAMILIES[config.family](config, device)
 
 
-def load_grid(config: ModelConfig) -> Grid:
-    """Only the sigma grid and the networks' names of `config.path`: no weights are read."""
-    return read_grid(config, NETWORKS, "WanPipeline")
+def load_family(config: ModelConfig, device: torch.device) -> Family:
+    """`open_family`, with its networks on the device."""
+    return open_family(config, device).load()
 
 
-__all__ = ["FAMILIES", "Conditions", "Family", "Grid", "load_family", "load_grid"]
+__all__ = [
+    "FAMILIES",
+    "Condition",
+    "Conditions",
+    "Family",
+    "Grid",
+    "export",
+    "load_family",
+    "open_family",
+]

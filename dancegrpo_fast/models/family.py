@@ -1,75 +1,343 @@
-"""What the trainer asks of a model family, and what families share.
+"""What every diffusers model family has in common, and what each has to say for itself.
 
-A family is our file for one diffusers model family: it loads a pipeline folder and answers a dozen
-questions about it. Latents are canonical [B, C, F, H, W] everywhere outside a family's network
-call.
+A family is our file for one diffusers model family. Constructing one reads configurations only, so
+that a recipe is checked before anything large is loaded; `load` loads the networks. Latents are
+canonical [B, C, F, H, W] everywhere outside a family's network call.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast.config import ModelConfig, RolloutConfig, UserError
-from dancegrpo_fast.schedules import Schedule, dance_schedule, from_scheduler
+from dancegrpo_fast.config import ModelConfig, UserError
+from dancegrpo_fast.models.conditions import Condition, Conditions
+from dancegrpo_fast.models.source import Grid, Source
+from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.trajectories import Place
 from dancegrpo_fast.tree import TreePlan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Box = tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What the network is told about P prompts.
+class Family(ABC):
+    """One diffusers model family, of one pipeline folder.
+
+    A subclass states the class attributes below and writes the abstract methods; docs/families.md
+    walks through one.
 
     Attributes:
-        prompt_embeds: [P, L, D].
-        negative_embeds: [1, L, D] of the negative prompt, or None without guidance.
+        config: The recipe's model section.
+        device: Where networks run.
+        dtype: Storage of frozen weights and of the network's arithmetic.
+        source: The pipeline folder.
+        grid: The points its sampler visits.
+        latent_shape: Canonical latent of one sample, (C, F, H, W).
+        action_box: Sub-box of the latent that the policy chooses, ((start, stop), ...) per axis, or
+            None for all of it. What lies outside is copied from step to step.
+        guidance: Classifier-free guidance scale per network; 1 means one branch.
+        modules: The networks by name, once loaded.
     """
 
-    prompt_embeds: Tensor
-    negative_embeds: Tensor | None = None
+    pipelines: ClassVar[tuple[str, ...]]
+    """diffusers pipeline classes whose folders the family loads."""
+    networks: ClassVar[tuple[str, ...]] = ("transformer",)
+    """Components that may be trained, high noise first."""
+    encoders: ClassVar[tuple[str, ...]]
+    """Components that are needed only while prompts are embedded."""
+    blocks: ClassVar[tuple[str, ...]]
+    """Names of a network's lists of blocks: what is sharded, checkpointed and compiled one by one."""
+    lora_targets: ClassVar[list[str]]
+    """Names of the layers that a LoRA adapts unless the recipe says otherwise."""
+    text_length: ClassVar[int]
+    """Text tokens that the stock pipeline gives the network (`model.max_text_length` overrides)."""
+    guidance_input: ClassVar[float | None] = None
+    """Scale that the network takes as an input unless the recipe says otherwise; None: no input."""
+    takes_image: ClassVar[bool] = False
+    """Whether a prompt needs an image."""
 
-    def select(self, rows: Sequence[int]) -> Conditions:
-        """The conditions of some prompts, repeated as asked."""
-        return Conditions(self.prompt_embeds[list(rows)], self.negative_embeds)
+    def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
+        self.config = config
+        self.device = device or torch.device("cpu")
+        self.dtype = DTYPES[config.dtype]
+        self.source = Source.of(config, self.pipelines)
+        if config.embedded_guidance is not None and self.guidance_input is None:
+            raise UserError(
+                f"model.embedded_guidance = {config.embedded_guidance}: family {config.family} has "
+                "no such input; use model.guidance"
+            )
+        second = 1.0 if config.guidance == 1 else config.guidance
+        if config.guidance_2 is not None:
+            second = config.guidance_2
+        self.max_text_length = config.max_text_length or self.text_length
+        self.latent_shape = self.read_latent_shape()
+        self.action_box: Box | None = self.read_action_box()
+        self.grid = self.read_grid()
+        self.guidance = dict(zip(self.grid.networks, (config.guidance, second), strict=False))
+        if config.guidance_2 is not None and len(self.guidance) < 2:
+            raise UserError(
+                f"model.guidance_2 = {config.guidance_2}: it is for the second expert of a Wan2.2 "
+                "folder, and this one has a single network; use model.guidance"
+            )
+        self.modules: dict[str, nn.Module] = {}
+        self._idle: dict[str, nn.Module] = {}  # Loaded components that are not working now.
 
+    # ---- what a family writes ------------------------------------------------------------------
 
-class Family(Protocol):
-    """One diffusers model family, loaded from a pipeline folder."""
+    @abstractmethod
+    def read_latent_shape(self) -> tuple[int, ...]:
+        """(C, F, H, W) of the recipe's sample size; refuses sizes the model cannot take."""
 
-    pipeline: Any
-    grid: Grid
-    device: torch.device
-    guidance: float
-    lora_targets: list[str]
-    latent_shape: tuple[int, ...]
-    action_box: tuple[tuple[int, int], ...] | None
+    @abstractmethod
+    def embed(self, pipeline: Any, prompt: Prompt) -> Condition:
+        """What the network is told about one prompt.
 
-    @property
-    def modules(self) -> dict[str, nn.Module]: ...
+        Args:
+            pipeline: The stock pipeline without networks, on the device: its encoders, tokenizers
+                and, where the family `takes_image`, its VAE.
+            prompt: Text, and an image where the family `takes_image`.
+        """
 
-    def encode(self, prompts: Sequence[str]) -> Conditions: ...
+    @abstractmethod
+    def network(
+        self, module: nn.Module, latents: Tensor, timesteps: Tensor, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        """One evaluation of the network, in the family's own layout.
 
-    def velocity(
-        self, module: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions
-    ) -> Tensor: ...
+        Args:
+            module: One of `modules`, possibly wrapped by an engine.
+            latents: [B, C, F, H, W] float32.
+            timesteps: [B] float32 of the grid (0 .. 1000).
+            inputs: [B, ...] tensors of one branch and those of both branches.
 
-    def decode(self, latents: Tensor) -> Tensor: ...
+        Returns:
+            [B, C, F, H, W], what the schedule's prediction type names (usually the velocity).
+        """
 
+    @abstractmethod
+    def vae_latents(self, latents: Tensor, vae: Any) -> Tensor:
+        """Canonical latents as `vae.decode` takes them: unscaled, and without F for image VAEs."""
+
+    @abstractmethod
+    def call_arguments(self) -> dict[str, Any]:
+        """Literal arguments that make the stock pipeline draw what the recipe draws."""
+
+    # ---- what a family may change --------------------------------------------------------------
+
+    def read_action_box(self) -> Box | None:
+        """The action box, from configurations alone."""
+        return None
+
+    def read_grid(self) -> Grid:
+        """The sampling grid, from configurations alone."""
+        present = tuple(name for name in self.networks if self.source.has(name))
+        boundary = self.source.index.get("boundary_ratio")
+        return Grid(self.source.scheduler(), present, boundary)
+
+    def combine(self, unguided: Tensor, guided: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance of two float32 outputs [B, C, F, H, W]."""
+        return unguided + scale * (guided - unguided)
+
+    def begin(self, latents: Tensor, conditions: Conditions) -> Tensor:
+        """Initial latents [B, C, F, H, W] from pure noise: puts given frames in place."""
+        return latents
+
+    def stock_latents(self, latents: Tensor) -> Tensor:
+        """Canonical latents as the stock pipeline takes them (`latents=`)."""
+        return latents
+
+    def prompt_arguments(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Per-prompt arguments of the stock pipeline."""
+        arguments: dict[str, Any] = {"prompt": [prompt.text for prompt in prompts]}
+        if self.config.guidance != 1:
+            arguments["negative_prompt"] = [self.config.negative_prompt] * len(prompts)
+        return arguments
+
+    # ---- what all families do ------------------------------------------------------------------
+
+    def load(self) -> Family:
+        """Load the networks onto the device; frozen weights keep `model.dtype`."""
+        for name in self.grid.networks:
+            network = self.source.component_class(name).from_pretrained(
+                self.source.folder, subfolder=name, dtype=self.dtype, local_files_only=True
+            )
+            self.modules[name] = network.to(self.device).eval().requires_grad_(False)
+        return self
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[Prompt | str]) -> Conditions:
+        """Conditions of P prompts, on the device; each embedded alone, whatever else is asked for."""
+        full = [Prompt(p) if isinstance(p, str) else p for p in prompts]
+        with self.encoder_pipeline() as pipeline:
+            rows = [self.embed(pipeline, prompt).to(self.device) for prompt in full]
+        return Conditions.of(rows)
+
+    def model_output(
+        self,
+        module: nn.Module,
+        latents: Tensor,
+        timesteps: Tensor,
+        conditions: Conditions,
+        name: str | None = None,
+    ) -> Tensor:
+        """The network's output after guidance.
+
+        Args:
+            module: One of `modules`, possibly wrapped by an engine.
+            latents: [B, C, F, H, W].
+            timesteps: [B] float32 of the grid.
+            conditions: Of B prompts.
+            name: Which of `modules` it is, for its guidance scale; None is the first.
+
+        Returns:
+            [B, C, F, H, W]; with guidance combined in float32.
+        """
+        scale = self.guidance[name or self.grid.networks[0]]
+        positive, negative = conditions.positive(), conditions.negative()
+        if scale == 1 or negative is None:
+            return self._network(module, latents, timesteps, positive)
+        if not conditions.one_forward:
+            unguided = self._network(module, latents, timesteps, negative)
+            guided = self._network(module, latents, timesteps, positive)
+            return self.combine(unguided.float(), guided.float(), scale)
+        # One forward for both branches: half the calls, and one collective under sharding.
+        both = {key: torch.cat([negative[key], positive[key]]) for key in positive}
+        twice = latents.repeat(2, 1, 1, 1, 1), timesteps.repeat(2)
+        unguided, guided = self._network(module, *twice, both).float().chunk(2)
+        return self.combine(unguided, guided, scale)
+
+    def _network(
+        self, module: nn.Module, latents: Tensor, timesteps: Tensor, inputs: dict[str, Tensor]
+    ) -> Tensor:
+        narrow = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=narrow):
+            return self.network(module, latents, timesteps, inputs)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, F, 3, H, W] float32 in [0, 1] of canonical latents."""
+        with self.vae() as vae:
+            given = self.vae_latents(latents.float(), vae).to(vae.dtype)
+            pixels = vae.decode(given, return_dict=False)[0].float()
+        if pixels.dim() == 4:
+            pixels = pixels[:, :, None]
+        return (pixels / 2 + 0.5).clamp(0, 1).transpose(1, 2).contiguous()
+
+    @contextmanager
+    def vae(self) -> Iterator[Any]:
+        """The VAE, on the device only inside."""
+        if "vae" not in self._idle:
+            cls, folder = self.source.component_class("vae"), self.source.folder
+            dtype = DTYPES[self.config.vae_dtype]
+            vae = cls.from_pretrained(
+                folder, subfolder="vae", dtype=dtype, local_files_only=True
+            )
+            if self.config.vae_tiling:
+                vae.enable_tiling()
+            self._idle["vae"] = vae.eval().requires_grad_(False)
+        vae = self._idle["vae"].to(self.device)
+        try:
+            yield vae
+        finally:
+            vae.to("cpu")
+
+    @contextmanager
+    def encoder_pipeline(self) -> Iterator[Any]:
+        """The stock pipeline without networks, on the device only inside."""
+        if not hasattr(self, "_encoder_pipeline"):
+            with self.vae() as vae:
+                self._encoder_pipeline = self.source.pipeline_class.from_pretrained(
+                    self.source.folder,
+                    **dict.fromkeys(self.networks),
+                    vae=vae,
+                    dtype=self.dtype,
+                    local_files_only=True,
+                )
+        pipeline = self._encoder_pipeline
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.eval().requires_grad_(False).to(self.device)
+        try:
+            yield pipeline
+        finally:
+            pipeline.to("cpu")
+
+    # ---- the stock pipeline: evaluation, export, samples ---------------------------------------
+
+    def stock_pipeline(self, exported: Path | None, train: str) -> Any:
+        """A stock pipeline as a user loads it, on the device: the base (None), or an export."""
+        whole = exported is not None and train == "full"
+        pipeline = self.source.pipeline_class.from_pretrained(
+            exported if whole else self.source.folder,
+            dtype={"default": self.dtype, "vae": DTYPES[self.config.vae_dtype]},
+            local_files_only=True,
+        ).to(self.device)
+        if exported is not None and train == "lora":
+            pipeline.load_lora_weights(exported)
+            for name in self.grid.networks[1:]:
+                pipeline.load_lora_weights(exported / name, load_into_transformer_2=True)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    @contextmanager
+    def live_pipeline(self) -> Iterator[Any]:
+        """The stock pipeline around the networks that are being trained."""
+        with self.encoder_pipeline() as bare:
+            parts = {k: v for k, v in bare.components.items() if k not in self.networks}
+            pipeline = type(bare)(**parts, **self.modules, **self.pipeline_options())
+            pipeline.set_progress_bar_config(disable=True)
+            yield pipeline
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """Constructor arguments of the stock pipeline that are no components (its index has them)."""
+        components = {"_class_name", "_diffusers_version", "_name_or_path"}
+        return {
+            k: v
+            for k, v in self.source.index.items()
+            if k not in components and not isinstance(v, list)
+        }
+
+    @torch.no_grad()
     def draw(
-        self, pipeline: Any, prompts: Sequence[str], latents: Tensor, steps: int
-    ) -> Tensor: ...
+        self, pipeline: Any, prompts: Sequence[Prompt], latents: Tensor, steps: int
+    ) -> Tensor:
+        """Samples [B, F, 3, H, W] in [0, 1] of a stock pipeline, from canonical initial noise."""
+        output = pipeline(
+            **self.prompt_arguments(prompts),
+            **self.call_arguments(),
+            num_inference_steps=steps,
+            latents=self.stock_latents(latents),
+            output_type="pt",
+        )[0].float()
+        return output if output.dim() == 5 else output[:, None]
 
-    def stock_pipeline(self, exported: Path | None, train: str) -> Any: ...
-
-    def load_lines(self, exported: Path, train: str, steps: int) -> str: ...
+    def load_lines(self, exported: Path, train: str, steps: int) -> str:
+        """Python that loads the result without this package and draws one sample."""
+        name = self.source.pipeline_class.__name__
+        folder = exported if train == "full" else self.source.folder
+        lines = [
+            f"from diffusers import {name}",
+            f"pipeline = {name}.from_pretrained({str(folder)!r})",
+        ]
+        if train == "lora":
+            lines.append(f"pipeline.load_lora_weights({str(exported)!r})")
+            for network in self.grid.networks[1:]:
+                path = str(exported / network)
+                lines.append(f"pipeline.load_lora_weights({path!r}, load_into_transformer_2=True)")
+        arguments = {"num_inference_steps": steps, **self.call_arguments()}
+        image = ["    image=load_image('YOUR IMAGE'),"] if self.takes_image else []
+        if self.takes_image:
+            lines.insert(1, "from diffusers.utils import load_image")
+        lines += ["sample = pipeline(", "    prompt='YOUR PROMPT',", *image]
+        lines += [f"    {key}={value!r}," for key, value in arguments.items()]
+        return "\n".join([*lines, ")[0][0]"])
 
 
 def evaluate(
@@ -84,68 +352,38 @@ def evaluate(
     steps = [plan.states[state].step for _, state in places]
     # Timesteps stay float32: bfloat16 would turn 954.5 into 956.
     timesteps = torch.tensor([plan.schedule.timesteps[i] for i in steps], dtype=torch.float32)
-    return family.velocity(
-        module, latents, timesteps.to(latents.device), conditions.select([p for p, _ in places])
+    return family.model_output(
+        module,
+        latents,
+        timesteps.to(latents.device),
+        conditions.select([p for p, _ in places]),
+        family.grid.module_names(plan.schedule)[steps[0]],
     )
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Which points a pipeline folder's sampler visits and which network runs there; no weights.
-
-    Attributes:
-        scheduler: The folder's diffusers scheduler.
-        networks: Names of its networks, high noise first.
-        boundary_ratio: Where the second takes over (a share of the training timesteps), or None.
-    """
-
-    scheduler: Any
-    networks: tuple[str, ...]
-    boundary_ratio: float | None = None
-
-    def schedule(self, rollout: RolloutConfig) -> Schedule:
-        """The sigma grid of a recipe."""
-        if rollout.schedule == "dance":
-            assert rollout.shift is not None
-            return dance_schedule(rollout.steps, rollout.shift)
-        return from_scheduler(self.scheduler, rollout.steps)
-
-    def module_names(self, schedule: Schedule) -> tuple[str, ...]:
-        """[steps] name of the network of each step; the boundary is tested on the timestep."""
-        if self.boundary_ratio is None:
-            return self.networks[:1] * schedule.steps
-        boundary = self.boundary_ratio * self.scheduler.config.num_train_timesteps
-        return tuple(self.networks[0 if t >= boundary else 1] for t in schedule.timesteps)
-
-
-def read_grid(config: ModelConfig, networks: tuple[str, ...], *classes: str) -> Grid:
-    """Read a pipeline folder's index and scheduler, checked before anything is loaded.
-
-    Args:
-        config: Names the folder.
-        networks: Names of the networks the family trains, high noise first.
-        classes: diffusers pipeline classes the family loads.
-    """
-    import diffusers
-
-    path = config.path
-    file = Path(path) / "model_index.json"
-    if not file.is_file():
-        state = "has no model_index.json" if Path(path).is_dir() else "does not exist"
+def check_multiple(field: str, value: int, factor: int) -> None:
+    """Refuse a size that is not a multiple of `factor`, with the nearest that are."""
+    if value % factor:
+        below = value // factor * factor
+        near = " or ".join(str(n) for n in (below, below + factor) if n > 0)
         raise UserError(
-            f"model.path = {path!r}: this folder {state}; give the folder of a diffusers pipeline "
-            "(one written by save_pretrained or a hub download)"
+            f"model.{field} = {value}: must be a multiple of {factor} here; use {near}"
         )
-    index = json.loads(file.read_text(encoding="utf-8"))
-    if index.get("_class_name") not in classes:
+
+
+def check_frames(frames: int, factor: int) -> None:
+    """Refuse a frame count whose (frames - 1) is not a multiple of `factor`."""
+    if (frames - 1) % factor:
+        below = (frames - 1) // factor * factor + 1
         raise UserError(
-            f"model.path = {path!r}: it holds a {index.get('_class_name')}, and model.family = "
-            f"{config.family} loads {', '.join(classes)}; choose the matching family"
+            f"model.frames = {frames}: (frames - 1) must be divisible by {factor} here; use "
+            f"{below} or {below + factor}"
         )
-    scheduler = getattr(diffusers, index["scheduler"][1])
-    present = tuple(name for name in networks if index.get(name, [None])[0] is not None)
-    return Grid(
-        scheduler.from_pretrained(path, subfolder="scheduler", local_files_only=True),
-        present,
-        index.get("boundary_ratio"),
-    )
+
+
+def check_one_frame(config: ModelConfig) -> None:
+    """Refuse more than one frame, for models of images."""
+    if config.frames != 1:
+        raise UserError(
+            f"model.frames = {config.frames}: family {config.family} draws images; leave it at 1"
+        )

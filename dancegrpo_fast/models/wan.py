@@ -1,182 +1,85 @@
 """Wan text-to-video: Wan2.1, and Wan2.2 with its two experts.
 
 Dtypes: timesteps float32 (diffusers' own grid), norms and modulation float32 (diffusers keeps them
-so), the rest `model.dtype`; the VAE always float32.
+so), the rest `model.dtype`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast.config import ModelConfig, UserError
-from dancegrpo_fast.models.family import DTYPES, Conditions, read_grid
+from dancegrpo_fast.config import UserError
+from dancegrpo_fast.models.conditions import Condition
+from dancegrpo_fast.models.family import Family, check_frames, check_multiple
+from dancegrpo_fast.prompt import Prompt
 
-NETWORKS = ("transformer", "transformer_2")
 
-
-class WanFamily:
+class WanFamily(Family):
     """A stock diffusers `WanPipeline` folder."""
 
+    pipelines = ("WanPipeline",)
+    networks = ("transformer", "transformer_2")
+    encoders = ("tokenizer", "text_encoder")
+    blocks = ("blocks",)
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    action_box: tuple[tuple[int, int], ...] | None = None
+    text_length = 512
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self.grid = read_grid(config, NETWORKS, "WanPipeline")
-        self.config = config
-        self.device = device
-        self.guidance = config.guidance
-        self.dtype = DTYPES[config.dtype]
-        self.pipeline: Any = self.stock_pipeline(None, train="full")
-        if self.pipeline.config.expand_timesteps:
+    def read_latent_shape(self) -> tuple[int, ...]:
+        if self.source.index.get("expand_timesteps"):
             raise UserError(
-                f"model.path = {config.path!r}: this pipeline gives each token its own timestep "
-                "(Wan2.2-5B), which family wan does not train; use a Wan2.1 or Wan2.2-A14B folder"
+                f"model.path = {self.config.path!r}: this pipeline gives each token its own "
+                "timestep (Wan2.2-5B), which family wan does not train; use a Wan2.1 or "
+                "Wan2.2-A14B folder"
             )
-        for frozen in (self.pipeline.vae, self.pipeline.text_encoder):
-            frozen.requires_grad_(False)
-        self.latent_shape = self._latent_shape()
+        config, vae = self.config, self.source.config("vae")
+        space, time = vae["scale_factor_spatial"], vae["scale_factor_temporal"]
+        patch = self.source.config("transformer")["patch_size"]
+        check_multiple("height", config.height, space * patch[1])
+        check_multiple("width", config.width, space * patch[2])
+        check_frames(config.frames, time)
+        frames = (config.frames - 1) // time + 1
+        return vae["z_dim"], frames, config.height // space, config.width // space
 
-    def _latent_shape(self) -> tuple[int, ...]:
-        config, pipe = self.config, self.pipeline
-        patch = getattr(pipe, self.grid.networks[0]).config.patch_size
-        for field, side, factor in (
-            ("height", config.height, pipe.vae_scale_factor_spatial * patch[1]),
-            ("width", config.width, pipe.vae_scale_factor_spatial * patch[2]),
-        ):
-            if side % factor:
-                raise UserError(f"model.{field} = {side}: must be a multiple of {factor} here")
-        if (config.frames - 1) % pipe.vae_scale_factor_temporal:
-            raise UserError(
-                f"model.frames = {config.frames}: must be 1 more than a multiple of "
-                f"{pipe.vae_scale_factor_temporal} here"
-            )
-        return (
-            pipe.vae.config.z_dim,
-            (config.frames - 1) // pipe.vae_scale_factor_temporal + 1,
-            config.height // pipe.vae_scale_factor_spatial,
-            config.width // pipe.vae_scale_factor_spatial,
-        )
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The high-noise (or only) transformer, then the low-noise one."""
-        return {name: getattr(self.pipeline, name) for name in self.grid.networks}
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditions:
-        """Text embeddings of P prompts, zero-padded to `model.max_text_length`."""
-        guided = self.guidance != 1
-        embeds, negative = self.pipeline.encode_prompt(
-            prompt=list(prompts),
-            negative_prompt=[self.config.negative_prompt] * len(prompts),
+    def embed(self, pipeline: Any, prompt: Prompt) -> Condition:
+        """Text embeddings, zero-padded to `model.max_text_length`."""
+        guided = self.config.guidance != 1
+        embeds, negative = pipeline.encode_prompt(
+            prompt=prompt.text,
+            negative_prompt=self.config.negative_prompt,
             do_classifier_free_guidance=guided,
-            max_sequence_length=self.config.max_text_length,
+            max_sequence_length=self.max_text_length,
             device=self.device,
         )
-        return Conditions(embeds, negative[:1] if guided else None)
+        return Condition({"text": embeds[0]}, {"text": negative[0]} if guided else None)
 
-    def velocity(
-        self, module: nn.Module, latents: Tensor, timesteps: Tensor, conditions: Conditions
+    def network(
+        self, module: nn.Module, latents: Tensor, timesteps: Tensor, inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        """Predicted velocity after guidance.
+        return module(
+            hidden_states=latents.to(self.dtype),
+            timestep=timesteps,
+            encoder_hidden_states=inputs["text"].to(self.dtype),
+            return_dict=False,
+        )[0]
 
-        Args:
-            module: One of `modules`, possibly wrapped by an engine.
-            latents: [B, C, F, H, W].
-            timesteps: [B] float32, 1000 * sigma.
-            conditions: Of B prompts.
-
-        Returns:
-            [B, C, F, H, W]; with guidance combined in float32 as u + g (c - u).
-        """
-        text = conditions.prompt_embeds
-        count = latents.shape[0]
-        if conditions.negative_embeds is not None:
-            # One forward for both branches: half the calls, and one collective under sharding.
-            text = torch.cat([text, conditions.negative_embeds.expand(count, -1, -1)])
-            latents, timesteps = latents.repeat(2, 1, 1, 1, 1), timesteps.repeat(2)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = module(
-                hidden_states=latents.to(self.dtype),
-                timestep=timesteps,
-                encoder_hidden_states=text.to(self.dtype),
-                return_dict=False,
-            )[0]
-        if conditions.negative_embeds is None:
-            return output
-        guided, unguided = output.float().split(count)
-        return unguided + self.guidance * (guided - unguided)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, F, 3, H, W] float32 in [0, 1] of canonical latents."""
-        vae = self.pipeline.vae
+    def vae_latents(self, latents: Tensor, vae: Any) -> Tensor:
         shape = (1, vae.config.z_dim, 1, 1, 1)
-        mean = torch.tensor(vae.config.latents_mean, device=self.device).view(shape)
-        std = torch.tensor(vae.config.latents_std, device=self.device).view(shape)
-        video = vae.decode(latents.float() * std + mean, return_dict=False)[0]
-        return (video / 2 + 0.5).clamp(0, 1).transpose(1, 2).contiguous()
+        mean = torch.tensor(vae.config.latents_mean, device=latents.device).view(shape)
+        std = torch.tensor(vae.config.latents_std, device=latents.device).view(shape)
+        return latents * std + mean
 
-    @torch.no_grad()
-    def draw(self, pipeline: Any, prompts: Sequence[str], latents: Tensor, steps: int) -> Tensor:
-        """Samples [B, F, 3, H, W] in [0, 1] of a stock pipeline, from given initial noise."""
+    def call_arguments(self) -> dict[str, Any]:
         config = self.config
-        return pipeline(
-            prompt=list(prompts),
-            negative_prompt=[config.negative_prompt] * len(prompts),
-            latents=latents,
-            height=config.height,
-            width=config.width,
-            num_frames=config.frames,
-            num_inference_steps=steps,
-            guidance_scale=config.guidance,
-            max_sequence_length=config.max_text_length,
-            output_type="pt",
-        ).frames.float()
-
-    def stock_pipeline(self, exported: Path | None, train: str) -> Any:
-        """A stock pipeline as a user loads it: the base (None), or what was exported."""
-        from diffusers import WanPipeline
-
-        whole = exported is not None and train == "full"
-        pipeline = WanPipeline.from_pretrained(
-            exported if whole else self.config.path,
-            dtype={"default": self.dtype, "vae": torch.float32},
-            local_files_only=True,
-        ).to(self.device)
-        if exported is not None and train == "lora":
-            pipeline.load_lora_weights(exported)
-            for name in list(self.modules)[1:]:
-                pipeline.load_lora_weights(exported / name, load_into_transformer_2=True)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def load_lines(self, exported: Path, train: str, steps: int) -> str:
-        """Python that loads the result without this package and draws one clip."""
-        config = self.config
-        folder = exported if train == "full" else config.path
-        lines = [
-            "from diffusers import WanPipeline",
-            f"pipeline = WanPipeline.from_pretrained({str(folder)!r})",
-        ]
-        if train == "lora":
-            lines.append(f"pipeline.load_lora_weights({str(exported)!r})")
-            for name in list(self.modules)[1:]:
-                path = str(exported / name)
-                lines.append(f"pipeline.load_lora_weights({path!r}, load_into_transformer_2=True)")
-        return "\n".join(
-            [
-                *lines,
-                "video = pipeline(",
-                f"    'YOUR PROMPT', height={config.height}, width={config.width},",
-                f"    num_frames={config.frames}, num_inference_steps={steps},",
-                f"    guidance_scale={config.guidance},",
-                f"    max_sequence_length={config.max_text_length},",
-                ").frames[0]",
-            ]
-        )
+        second = {} if config.guidance_2 is None else {"guidance_scale_2": config.guidance_2}
+        return {
+            "height": config.height,
+            "width": config.width,
+            "num_frames": config.frames,
+            "guidance_scale": config.guidance,
+            **second,
+            "max_sequence_length": self.max_text_length,
+        }

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from dancegrpo_fast.config import EvaluationConfig
 from dancegrpo_fast.ops.noise import NoiseKey, keys_table, normal_batch
+from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import HasParts, Reward
 from dancegrpo_fast.roles import Role
 
 # (prompts, initial latents [B, C, F, H, W]) -> pixels [B, F, 3, H, W] in [0, 1]
-Draw = Callable[[Sequence[str], Tensor], Tensor]
+Draw = Callable[[Sequence[Prompt], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Difference:
 @torch.no_grad()
 def evaluate(
     draw: Draw,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     rewards: Sequence[Reward],
     config: EvaluationConfig,
     *,
@@ -116,7 +117,7 @@ def evaluate(
         progress(len(batch))
     shape = (config.seeds, len(prompts))
     stacked = torch.stack(videos).reshape(*shape, *videos[0].shape)
-    flat_prompts = [prompts[p] for _, p in np.ndindex(*shape)]
+    flat_prompts = [prompts[p].text for _, p in np.ndindex(*shape)]
     # Scored from the 8-bit pixels that a user would save, not from floats that nobody sees.
     pixels = stacked.flatten(0, 1).float() / 255
     scores = torch.stack([reward(pixels, flat_prompts).double() for reward in rewards], dim=1)
