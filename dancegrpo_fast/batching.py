@@ -84,8 +84,19 @@ Anchor = tuple[int, int, int]
 Credits = dict[tuple[int, int], _Credit]
 
 
-def leaf_owners(prompts: int, group_size: int, world_size: int) -> np.ndarray:
-    """[P, G] rank that draws, decodes and scores each sample: contiguous, in canonical order."""
+def leaf_owners(
+    prompts: int, group_size: int, world_size: int, *, spread: bool = False
+) -> np.ndarray:
+    """[P, G] rank that draws each sample: contiguous in canonical order, or each group spread."""
+    if spread:
+        if group_size < world_size:
+            raise ValueError(
+                f"parallel.groups = 'spread': {group_size} samples of a prompt cannot be spread "
+                f"over {world_size} processes; raise rollout.group_size, or use 'together'"
+            )
+        parts = np.array_split(np.arange(group_size), world_size)
+        row = np.concatenate([np.full(len(part), rank) for rank, part in enumerate(parts)])
+        return np.tile(row, (prompts, 1))
     if prompts * group_size < world_size:
         raise ValueError(
             f"{prompts} prompts x {group_size} samples cannot be spread over {world_size} "
@@ -123,6 +134,7 @@ def build_updates(
     micro_batch_size: int = 1,
     edge_values: np.ndarray | None = None,
     kinds: Sequence[Hashable] | None = None,
+    owner: np.ndarray | None = None,
 ) -> list[Update]:
     """The update schedule of one iteration for one rank.
 
@@ -138,10 +150,12 @@ def build_updates(
         timestep_fraction: Share of a sample's trained steps that enter its update.
         micro_batch_size: States per forward and backward.
         edge_values: [P, states, C] for edge-wise credit (`depth`, `siblings`); None credits leaves.
+        owner: [P, G] rank of each sample; None is `leaf_owners`.
         kinds: [P] prompts of unequal kinds (text lengths) never share a micro-batch; None: all may.
     """
     prompts, group_size, columns = advantages.values.shape
-    owner = leaf_owners(prompts, group_size, world_size)
+    if owner is None:
+        owner = leaf_owners(prompts, group_size, world_size)
     chosen = selected & advantages.valid
     update_of = _update_of_leaves(chosen, key, updates)
     steps_of = _timestep_subsets(plan, chosen, key, timestep_fraction)

@@ -51,15 +51,18 @@ class Policy:
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
-        self._frozen: dict[str, nn.Module] = {}
+        self.frozen: dict[str, nn.Module] = {}
         if needs_reference and config.train == "full":
-            self._frozen = {
+            self.frozen = {
                 name: copy.deepcopy(module).requires_grad_(False)
                 for name, module in self.modules.items()
             }
         self.ema: dict[str, Tensor] | None = None
         self.ema_updates = 0
-        if config.ema_decay is not None:
+
+    def start_average(self) -> None:
+        """Begin the average at the weights there are, once they are where they will stay."""
+        if self.config.ema_decay is not None:
             self.ema = {k: p.detach().clone() for k, p in self.trainable().items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -75,8 +78,8 @@ class Policy:
     def reference(self) -> Iterator[Mapping[str, nn.Module]]:
         """The untrained modules: adapters off, or the frozen copies."""
         if self.config.train == "full":
-            assert self._frozen, "the policy was built without a reference"
-            yield self._frozen
+            assert self.frozen, "the policy was built without a reference"
+            yield self.frozen
             return
         for module in self.modules.values():
             module.disable_adapters()
@@ -103,14 +106,24 @@ class Policy:
         if self.ema is None:
             yield
             return
-        own = {name: parameter.data for name, parameter in self.trainable().items()}
-        for name, parameter in self.trainable().items():
-            parameter.data = self.ema[name]
+        with self.replaced(self.ema):
+            yield
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the trainable parameters hold other values."""
+        # Copied, not swapped: an engine may hold the parameters' storage.
+        own = {name: p.detach().clone() for name, p in self.trainable().items()}
+        self._copy_in(values)
         try:
             yield
         finally:
-            for name, parameter in self.trainable().items():
-                parameter.data = own[name]
+            self._copy_in(own)
+
+    @torch.no_grad()
+    def _copy_in(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.trainable().items():
+            parameter.copy_(values[name])
 
 
 def _add_lora(

@@ -6,7 +6,7 @@ prompt, path, step), so what one rank draws does not depend on what the others d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from dancegrpo_fast.ops.noise import DrawKey, NoiseKey, keys_table, normal_batch
 from dancegrpo_fast.roles import Role
 from dancegrpo_fast.schedules import Schedule
 from dancegrpo_fast.trajectories import Fan, Place, Trajectories
+from dancegrpo_fast.transitions import coefficient_table, transition
 from dancegrpo_fast.tree import (
     ROOT_STEP,
     TreePlan,
@@ -88,6 +89,7 @@ def draw_trees(
     rank: int,
     batch_size: int,
     latent_dtype: str = "float32",
+    forwards: Sequence[int] | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Trajectories:
     """Draw this rank's part of P trees.
@@ -103,6 +105,8 @@ def draw_trees(
         rank: This process.
         batch_size: States per forward.
         latent_dtype: Storage of latents; the network and the log-prob see the rounded values.
+        forwards: [steps] forwards that every rank makes at each step (`forwards_per_step`); a rank
+            with fewer repeats its last. None: each makes what it needs.
         progress: Called with the number of states after each forward.
     """
     leaves = [(int(p), int(g)) for p, g in np.argwhere(owner == rank)]
@@ -110,11 +114,12 @@ def draw_trees(
     keys = {p: key.fold_in(p) for p in held}
     names = family.grid.module_names(plan.schedule)
     drawn = Trajectories(plan, coefficients, leaves)
+    kinds = conditions.kinds
     front = _draw_roots(family, plan, held, keys, conditions, DTYPES[latent_dtype])
     for step in range(plan.schedule.steps):
         drawn.keep(front)
-        following = {}
-        kinds = conditions.kinds
+        following: dict[Place, Tensor] = {}
+        made = 0
         for batch in micro_batches(sorted(front), batch_size, lambda place: kinds[place[0]]):
             fan = Fan.of(batch, [[c for c in plan.children[s] if c in held[p]] for p, s in batch])
             latents = torch.stack([front[place] for place in batch])
@@ -133,9 +138,73 @@ def draw_trees(
                 if plan.states[edge[1]].kind == "sde":
                     drawn.log_prob[edge] = sampled.log_prob[row]
             progress(len(batch))
+            made += 1
+        for _ in range(0 if forwards is None else forwards[step] - made):
+            evaluate(family, modules[names[step]], plan, conditions, batch, latents)
         front = following
     drawn.keep(front)
     return drawn
+
+
+def forwards_per_step(
+    plan: TreePlan, owner: np.ndarray, kinds: Sequence[int], batch_size: int
+) -> list[int]:
+    """[steps] the most forwards that any rank needs at each step."""
+    most = [0] * plan.schedule.steps
+    for rank in np.unique(owner):
+        held = held_states(plan, [(int(p), int(g)) for p, g in np.argwhere(owner == rank)])
+        places: list[list[Place]] = [[] for _ in most]
+        for p, states in sorted(held.items()):
+            for state in sorted(states):
+                if plan.children[state]:
+                    places[plan.states[state].step].append((p, state))
+        for step, row in enumerate(places):
+            batches = micro_batches(row, batch_size, lambda place: kinds[place[0]])
+            most[step] = max(most[step], len(batches))
+    return most
+
+
+@torch.no_grad()
+def denoise(
+    family: Family,
+    modules: Mapping[str, nn.Module],
+    schedule: Schedule,
+    dynamics: str,
+    conditions: Conditions,
+    latents: Tensor,
+) -> Tensor:
+    """Deterministic samples [B, C, F, H, W]: what the model draws without exploration.
+
+    Args:
+        family: Answers `model_output`.
+        modules: Networks by name.
+        schedule: The points that are visited.
+        dynamics: Whose deterministic step is taken.
+        conditions: Of B prompts; unequal text lengths run apart.
+        latents: [B, C, F, H, W] initial noise.
+    """
+    names = family.grid.module_names(schedule)
+    samples = family.begin(latents, conditions)
+    rows = list(range(len(samples)))
+    batches = micro_batches(rows, len(rows), lambda row: conditions.kinds[row])
+    for i in range(schedule.steps):
+        step = transition(schedule, i, i + 1, dynamics=dynamics, kind="ode", level=0.0)
+        table = coefficient_table([step], device=latents.device)
+        timestep = torch.tensor(schedule.timesteps[i], dtype=torch.float32, device=latents.device)
+        done = []
+        for batch in batches:
+            x = samples[batch]
+            output = family.model_output(
+                modules[names[i]], x, timestep.expand(len(x)), conditions.select(batch), names[i]
+            )
+            coefficients = table.expand(len(x), -1).contiguous()
+            done.append(
+                sample_transition(
+                    output, x, coefficients, action_box=family.action_box, noise=None
+                ).next_latents
+            )
+        samples = torch.cat(done)
+    return samples
 
 
 def held_states(plan: TreePlan, leaves: list[tuple[int, int]]) -> dict[int, frozenset[int]]:

@@ -22,7 +22,7 @@ from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.models import export
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.prompt import Prompt
-from dancegrpo_fast.report.evaluate import Difference, Draw, Evaluation, evaluate
+from dancegrpo_fast.report.evaluate import Difference, Evaluation, evaluate
 from dancegrpo_fast.report.metrics import MetricsLog
 from dancegrpo_fast.report.result import Outcome, write_report, write_summary
 from dancegrpo_fast.trainer import Trainer
@@ -40,7 +40,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path | None:
         UserError: Anything in the recipe that does not fit, before work is done.
         Interrupted: SIGINT or SIGTERM; the run continues with --resume latest.
     """
-    world = World.from_environment()
+    world = World.from_environment(config.parallel)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     run: _Run | None = None
     try:
@@ -60,7 +60,7 @@ def restore(folder: Path) -> Trainer:
     if not recipe.is_file():
         raise UserError(f"run = {str(folder)!r}: holds no recipe.yaml; give the folder of a run")
     config = load_config(recipe, [])
-    trainer = Trainer(config, World.from_environment())
+    trainer = Trainer(config, World.from_environment(config.parallel))
     if not trainer.resume():
         raise UserError(
             f"run = {str(folder)!r}: {trainer.snapshots} holds no usable snapshot; the run must "
@@ -103,13 +103,13 @@ class _Run:
             self._evaluate_base()
             self._iterate()
             final = self.folder / "final"
+            started = time.perf_counter()
+            export(self.trainer.family, self.trainer.policy, final, main=self.world.is_main)
+            self._spend("export", started)
             if self.world.is_main:
-                started = time.perf_counter()
-                export(self.trainer.family, self.trainer.policy, final)
-                self._spend("export", started)
                 logger.info("weights for a stock pipeline: %s", final)
             self.world.barrier()
-            return self._report(final) if self.held_out and self.world.is_main else None
+            return self._report(final) if self.held_out else None
 
     def _iterate(self) -> None:
         trainer, config = self.trainer, self.config
@@ -159,10 +159,10 @@ class _Run:
     # ---- evaluation ----------------------------------------------------------------------------
 
     def _evaluate_base(self) -> None:
-        """The untrained model, from its own folder; kept beside the run for a resumed one."""
-        if not (self.held_out and self.world.is_main):
+        """The untrained model; kept beside the run for a resumed one."""
+        if not self.held_out:
             return
-        config = self.config
+        config, trainer = self.config, self.trainer
         names = [reward.name for reward in config.rewards]
         made_with = (self.held_out, config.evaluation, config.model, config.rollout.steps, names)
         # Named by all it depends on: a resumed run that changes any of it must not compare with it.
@@ -171,45 +171,48 @@ class _Run:
         if kept.is_file():
             self.base = Evaluation.load(kept)
             return
-        self.base = self._evaluate("base", self._stock_draw(None))
-        self.base.save(kept)
-        if not self.trainer.done:
+        with trainer.untrained():
+            self.base = self._evaluate("base")
+        if self.world.is_main:
+            self.base.save(kept)
+        if not trainer.done:
             self._log_evaluation(self.base, 0)
 
     def _evaluate_now(self) -> None:
-        if not (self.held_out and self.world.is_main):
-            return
-        trainer = self.trainer
-        with trainer.policy.averaged(), trainer.family.live_pipeline() as pipeline:
-            found = self._evaluate(f"iteration {trainer.done}", self._draw_with(pipeline))
-        self._log_evaluation(found, trainer.done)
+        if self.held_out:
+            with self.trainer.policy.averaged():
+                found = self._evaluate(f"iteration {self.trainer.done}")
+            self._log_evaluation(found, self.trainer.done)
 
-    def _stock_draw(self, exported: Path | None) -> Draw:
-        family = self.trainer.family
-        return self._draw_with(family.stock_pipeline(exported, self.config.policy.train))
-
-    def _draw_with(self, pipeline: Any) -> Draw:
-        family, steps = self.trainer.family, self.config.rollout.steps
-        return lambda prompts, latents: family.draw(pipeline, prompts, latents, steps)
-
-    def _evaluate(self, what: str, draw: Draw) -> Evaluation:
+    def _evaluate(self, what: str) -> Evaluation:
+        """The weights there are now, on the held-out prompts; every process takes part."""
         started = time.perf_counter()
-        count = len(self.held_out) * self.config.evaluation.seeds
-        with tqdm(total=count, desc=f"evaluate {what}", leave=False) as bar:
+        trainer, model = self.trainer, self.config.model
+        count = len(self.held_out) * self.config.evaluation.seeds // self.world.data_size
+        hidden = not self.world.is_main
+        with (
+            tqdm(total=count, desc=f"evaluate {what}", leave=False, disable=hidden) as bar,
+            trainer.engine.gathered() as modules,
+        ):
+            for name in modules:  # All ranks gather in one order, also those without a prompt.
+                modules[name]
             found = evaluate(
-                draw,
+                lambda prompts, latents: trainer.draw(modules, prompts, latents),
                 self.held_out,
-                self.trainer.rewards,
+                trainer.rewards,
                 self.config.evaluation,
-                latent_shape=self.trainer.family.latent_shape,
-                device=self.world.device,
+                latent_shape=trainer.family.latent_shape,
+                sample_shape=(model.frames, 3, model.height, model.width),
+                world=self.world,
                 progress=bar.update,
             )
         self._spend("evaluate", started)
         return found
 
     def _log_evaluation(self, found: Evaluation, iteration: int) -> None:
-        assert self.log is not None and self.base is not None
+        if self.log is None:
+            return
+        assert self.base is not None
         weights = [reward.weight for reward in self.config.rewards]
         difference = Difference.of(self.base.total(weights), found.total(weights))
         values = {
@@ -221,9 +224,12 @@ class _Run:
         for prompt, clip in zip(self.held_out[:4], found.clips[:4], strict=False):
             self.log.add_clip(f"held out {prompt.text}", torch.from_numpy(clip) / 255, iteration)
 
-    def _report(self, final: Path) -> Path:
-        trained = self._evaluate("exported weights", self._stock_draw(final))
+    def _report(self, final: Path) -> Path | None:
+        with self.trainer.policy.averaged():
+            trained = self._evaluate("trained weights")
         self._log_evaluation(trained, self.trainer.done)
+        if not self.world.is_main:
+            return None
         assert self.base is not None
         outcome = Outcome(
             self.config,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import nvtx
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dancegrpo_fast import checkpoint
@@ -26,14 +27,21 @@ from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.losses.gate import forward_settings
 from dancegrpo_fast.models import Conditions, open_family
+from dancegrpo_fast.models.embeddings import Embeddings, embeddings_folder
 from dancegrpo_fast.ops.noise import NoiseKey
-from dancegrpo_fast.parallel.world import World
-from dancegrpo_fast.policy import Policy
+from dancegrpo_fast.networks import assemble, base_weights
+from dancegrpo_fast.parallel.world import World, scorers
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import load_rewards
-from dancegrpo_fast.rewards.scoring import score_latents
+from dancegrpo_fast.rewards.scoring import check_whole_groups, score_latents
 from dancegrpo_fast.roles import Role
-from dancegrpo_fast.rollout import draw_trees, held_states, plan_iteration
+from dancegrpo_fast.rollout import (
+    denoise,
+    draw_trees,
+    forwards_per_step,
+    held_states,
+    plan_iteration,
+)
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
 from dancegrpo_fast.tree import TreePlan
@@ -54,23 +62,22 @@ class Trainer:
         self.config, self.world = config, world
         self.key = NoiseKey.from_seed(config.seed)
         self.prompts = PromptSet.load(config.data.prompts)
-        self.rewards = load_rewards(config.rewards)
+        self.rewards = load_rewards(config.rewards, world.device)
         self.reward_weights = np.array([reward.weight for reward in config.rewards])
         prompts, group_size = config.data.prompts_per_iteration, config.rollout.group_size
         try:
-            self.owner = leaf_owners(prompts, group_size, world.size)
+            spread = config.parallel.groups == "spread"
+            self.owner = leaf_owners(prompts, group_size, world.data_size, spread=spread)
             self.family = open_family(config.model, world.device)
             plan_iteration(config, self.family.grid, 0)
         except ValueError as error:  # The core's own words, before anything large is loaded.
             raise UserError(str(error)) from error
-        self.policy = Policy(
-            self.family.load().modules,
-            config.policy,
-            lora_targets=self.family.lora_targets,
-            key=self.key.fold_in(Role.ADAPTER),
-            needs_reference=config.loss.kl_weight > 0,
-        )
-        self.updater = Updater(config, self.family, self.policy, world)
+        self.embeddings = Embeddings(self.family, embeddings_folder(config), world)
+        self.scorer = scorers(self.owner, world.sp)
+        check_whole_groups(self.rewards, self.scorer)
+        adapter_key = self.key.fold_in(Role.ADAPTER)
+        self.policy, self.engine = assemble(config, self.family, world, adapter_key)
+        self.updater = Updater(config, self.family, self.policy, self.engine, world)
         self.running = RunningRewards(config.advantage.running_window)
         self.done = 0
         self.seconds: dict[str, float] = {}
@@ -84,7 +91,7 @@ class Trainer:
         prompts = [prompt for _, prompt in batch]
 
         with self.stage("sample"):
-            conditions = self.family.encode(prompts)
+            conditions = self.embeddings.conditions(prompts)
             drawn = self.sample(plan, conditions)
         with self.stage("score"):
             rewards = self.score(drawn, prompts)
@@ -120,38 +127,46 @@ class Trainer:
             kl=self.config.loss.kl,
             exact_density=rollout.exact_density,
         )
-        own = [(int(p), int(g)) for p, g in np.argwhere(self.owner == self.world.rank)]
-        held = held_states(plan, own)
+        rank = self.world.data_rank
+        held = held_states(plan, [(int(p), int(g)) for p, g in np.argwhere(self.owner == rank)])
         count = sum(bool(plan.children[s]) for states in held.values() for s in states)
-        with self.bar("sample", count) as bar:
+        forwards = None
+        if self.engine.rollout_calls_agree:
+            forwards = forwards_per_step(plan, self.owner, conditions.kinds, rollout.batch_size)
+        networks = nullcontext(self.engine.modules) if forwards else self.engine.gathered()
+        with self.bar("sample", count) as bar, networks as modules:
             return draw_trees(
                 self.family,
-                self.policy.modules,
+                modules,
                 plan,
                 coefficient_table(transitions, device=self.world.device),
                 conditions,
                 key=self.key.fold_in(Role.LATENTS).fold_in(self.done),
                 owner=self.owner,
-                rank=self.world.rank,
+                rank=rank,
                 batch_size=rollout.batch_size,
                 latent_dtype=rollout.latent_dtype,
+                forwards=forwards,
                 progress=bar.update,
             )
 
     def score(self, drawn: Trajectories, prompts: Sequence[Prompt]) -> np.ndarray:
         """Decode and score this rank's samples; returns every rank's rewards [P, G, R]."""
-        texts = [prompts[p].text for p, _ in drawn.leaves]
+        leaves = [leaf for leaf in drawn.leaves if self.scorer[leaf] == self.world.rank]
+        texts = [prompts[p].text for p, _ in leaves]
         with self.bar("score", len(texts)) as bar:
             own = score_latents(
-                drawn.samples(),
+                drawn.samples(leaves),
                 texts,
                 self.family.decode,
                 self.rewards,
                 batch_size=self.config.rollout.batch_size,
+                groups=[p for p, _ in leaves],
+                metadata=[prompts[p].metadata for p, _ in leaves],
                 progress=bar.update,
             )
-        self.clip = (texts[0], own.clip)
-        rewards = self.world.gather_rewards(own.values, self.owner)
+        self.clip = (texts[0], own.clip) if leaves else None
+        rewards = self.world.gather_rewards(own.values, self.scorer)
         for column, reward in enumerate(self.config.rewards):
             if reward.weight and not np.isfinite(rewards[..., column]).any():
                 self.save()  # Every rank holds the same rewards: all of them come here.
@@ -161,6 +176,21 @@ class Trainer:
                     "weights are untouched: mend the reward and continue with --resume latest"
                 )
         return rewards
+
+    def draw(
+        self, modules: Mapping[str, nn.Module], prompts: Sequence[Prompt], latents: Tensor
+    ) -> Tensor:
+        """Pixels [B, F, 3, H, W] in [0, 1] drawn deterministically from initial noise."""
+        rollout = self.config.rollout
+        samples = denoise(
+            self.family,
+            modules,
+            self.family.grid.schedule(rollout),
+            rollout.dynamics,
+            self.family.encode(prompts),
+            latents,
+        )
+        return self.family.decode(samples)
 
     def schedule_updates(
         self,
@@ -182,8 +212,9 @@ class Trainer:
             selected,
             key=self.key.fold_in(Role.SELECTION).fold_in(self.done),
             modules=self.family.grid.module_names(plan.schedule),
-            rank=self.world.rank,
-            world_size=self.world.size,
+            rank=self.world.data_rank,
+            world_size=self.world.data_size,
+            owner=self.owner,
             updates=config.loss.updates,
             timestep_fraction=config.loss.timestep_fraction,
             micro_batch_size=config.loss.micro_batch_size,
@@ -222,6 +253,18 @@ class Trainer:
                 metrics[f"reward/{reward.name}"] = float(np.nanmean(scores))
         return metrics
 
+    @contextmanager
+    def untrained(self) -> Iterator[None]:
+        """Inside, the networks are the base's."""
+        if not self.done:
+            yield
+        elif self.config.policy.train == "lora":
+            with self.policy.reference():
+                yield
+        else:
+            with self.policy.replaced(base_weights(self.family, self.policy)):
+                yield
+
     # ---- bookkeeping ---------------------------------------------------------------------------
 
     @property
@@ -236,7 +279,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a snapshot of the last finished iteration."""
-        tensors = checkpoint.collect(self.policy, self.updater.optimizers)
+        tensors = checkpoint.collect(self.policy, self.engine.optimizers)
         extra = {
             "ema_updates": self.policy.ema_updates,
             "skipped": self.updater.skipped,
@@ -248,7 +291,7 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the newest undamaged snapshot; False if there is none."""
-        tensors = checkpoint.collect(self.policy, self.updater.optimizers)
+        tensors = checkpoint.collect(self.policy, self.engine.optimizers)
         snapshot = checkpoint.load(self.snapshots, tensors, self.world)
         if snapshot is None:
             return False

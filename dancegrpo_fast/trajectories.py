@@ -38,9 +38,12 @@ class Trajectories:
         """Stored latents [n, C, F, H, W] of some states."""
         return torch.stack([self.latents[place] for place in places])
 
-    def samples(self) -> Tensor:
-        """Final latents [n, C, F, H, W] of this rank's leaves."""
-        return self.stack([(p, self.plan.leaves[g]) for p, g in self.leaves])
+    def samples(self, leaves: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """Final latents [n, C, F, H, W] of some of this rank's leaves; None: of all."""
+        chosen = self.leaves if leaves is None else leaves
+        if not chosen:  # A rank of a sequence-parallel group with more ranks than samples.
+            return torch.empty(0)
+        return self.stack([(p, self.plan.leaves[g]) for p, g in chosen])
 
     def keep(self, front: dict[Place, Tensor]) -> None:
         """Store the states of a level that are read again; the others go with their level."""

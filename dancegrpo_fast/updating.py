@@ -23,7 +23,7 @@ from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss, recomput
 from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.ops import POLICY_METRICS
-from dancegrpo_fast.parallel.ddp import Replicated
+from dancegrpo_fast.parallel.engine import Engine
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
 from dancegrpo_fast.trajectories import Fan, Trajectories
@@ -36,26 +36,16 @@ class Updater:
     """Turns an update schedule into optimizer steps.
 
     Attributes:
-        optimizers: One AdamW per module, so that a module with nothing to train is not stepped.
         skipped: Updates in a row that had no finite gradient.
     """
 
-    def __init__(self, config: RunConfig, family: Family, policy: Policy, world: World) -> None:
-        self.config, self.family, self.policy, self.world = config, family, policy, world
+    def __init__(
+        self, config: RunConfig, family: Family, policy: Policy, engine: Engine, world: World
+    ) -> None:
+        self.config, self.family, self.policy = config, family, policy
+        self.engine, self.world = engine, world
         self.mode = old_log_prob_mode(config)
-        self.engine = Replicated(policy.modules, world)
         self.skipped = 0
-        settings = config.optimizer
-        self.optimizers = {
-            name: torch.optim.AdamW(
-                [parameter for parameter in module.parameters() if parameter.requires_grad],
-                lr=settings.learning_rate,
-                betas=settings.betas,
-                eps=settings.eps,
-                weight_decay=settings.weight_decay,
-            )
-            for name, module in policy.modules.items()
-        }
 
     def run(
         self,
@@ -76,7 +66,7 @@ class Updater:
             for number, call in enumerate(update.calls):
                 following = update.calls[number + 1 :]
                 last = not any(later.module == call.module for later in following)
-                with self.engine.synchronised(call.module, last) as module:
+                with self.engine.call(call.module, last) as module:
                     result = policy_gradient_loss(
                         call, drawn, conditions, self.family, self.policy, module,
                         self.config.loss,
@@ -84,8 +74,9 @@ class Updater:
                         reward_weights=reward_weights,
                         old_log_prob=old[position][number],
                     )  # fmt: skip
-                    result.loss.backward()
-                totals += result.metrics
+                    self.engine.backward(call.module, result.loss)
+                if self.world.speaks:
+                    totals += result.metrics
                 if position == 0:
                     gate.record(call, drawn, result.log_prob)
                 progress(1)
@@ -106,7 +97,7 @@ class Updater:
             if self.mode == "rollout":
                 return drawn.recorded_log_prob(fan.edges)
             if self.mode == "recompute" and position > 0:
-                network = self.policy.modules[module]
+                network = self.engine.modules[module]
                 return recompute_log_prob(fan, drawn, conditions, self.family, network)
             return None
 
@@ -129,10 +120,15 @@ class Updater:
         limit = gap_limit(self.config.loss, self.mode)
         largest, mean = gate.reduce(self.world.all_reduce)
         if float(largest.max()) > limit:
-            explanation = explain_gap(
-                gate.worst(), drawn, conditions, self.family, self.policy,
-                batch_size=self.config.rollout.batch_size, limit=limit,
-            )  # fmt: skip
+            worst = gate.worst()
+            with self.engine.gathered() as networks:
+                # Each rank looks at its own worst state, but all ranks gather every network.
+                for name, network in networks.items():
+                    if name == worst[1].module:
+                        explanation = explain_gap(
+                            worst, drawn, conditions, self.family, network,
+                            batch_size=self.config.rollout.batch_size, limit=limit,
+                        )  # fmt: skip
             size = self.config.loss.micro_batch_size
             now = forward_settings(self.family, self.policy, batch_size=size)
             raise gap_report(largest, limit, self.mode, sampled_with, now, explanation)
@@ -140,12 +136,11 @@ class Updater:
 
     def _step(self, update: Update) -> list[float]:
         """Clip and step every trained module unless a gradient is not finite; returns norms."""
-        limit = self.config.optimizer.max_grad_norm
-        norms = [float(self.engine.clip_grad_norm(name, limit)) for name in update.modules]
+        norms = [self.engine.clip_grad_norm(name) for name in update.modules]
         if np.isfinite(norms).all():
             self.skipped = 0
             for name in update.modules:
-                self.optimizers[name].step()
+                self.engine.step(name)
             if update.modules:
                 self.policy.update_ema()
         else:
@@ -159,7 +154,7 @@ class Updater:
                     "rate or optimizer.max_grad_norm, and resume from the last snapshot"
                 )
         for name in update.modules:
-            self.optimizers[name].zero_grad(set_to_none=True)
+            self.engine.clear(name)
         return norms
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tiny_models import tiny_config
+from torch.distributed.tensor import DTensor
 
 from dancegrpo_fast import rollout
 from dancegrpo_fast.config import RunConfig
@@ -86,6 +87,22 @@ CASES = {
         experts=2,
     ),
 }  # fmt: skip
+DDP = {"parallel.engine": "ddp"}
+CASES |= {
+    f"{name}_ddp": replace(CASES[name], overrides=CASES[name].overrides | DDP)
+    for name in ("plain", "lora_kl", "subsets", "split_experts")
+}
+# Whole gradients exchanged once; every forward of the rollout gathers; groups over all processes.
+CASES["deferred"] = Case({"parallel.defer_reduction": True, "loss.micro_batch_size": 3})
+CASES["gathering_rollout"] = Case(
+    ONE_PROMPT | {"parallel.gather_rollout": False, "rollout.group_size": 5,
+                  "rollout.batch_size": 2}
+)  # fmt: skip
+CASES["spread"] = Case({"parallel.groups": "spread", "loss.micro_batch_size": 3})
+CASES["checkpointed"] = Case(
+    {"parallel.checkpointing": "full", "parallel.offload_activations": True}
+)
+CASES["selective"] = Case({"parallel.checkpointing": "selective"})
 # A run with all that stands around the iterations. AdamW's first steps have the size of the
 # learning rate whatever the gradient's: a larger eps keeps rounding from becoming a step.
 WHOLE_RUN = {
@@ -139,11 +156,11 @@ def run_case(name: str, world: World, models: Path, folder: Path) -> dict[str, A
     overrides = {"optimizer.max_grad_norm": 1e6} | case.overrides
     config = one_config(folder, models / f"wan{case.experts}", overrides, world, case.prompts)
     trainer = Trainer(config, world)
-    trainer.updater.optimizers = {
+    trainer.engine.optimizers = {
         key: torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=case.rate)
         for key, module in trainer.policy.modules.items()
     }
-    before = {key: p.detach().clone() for key, p in trainer.policy.trainable().items()}
+    before = whole_weights(trainer)
     found: dict[str, Any] = {"keys": [], "calls": [], "collectives": []}
     _record(trainer, found)
     if case.rewards:
@@ -159,16 +176,24 @@ def run_case(name: str, world: World, models: Path, folder: Path) -> dict[str, A
     with mock.patch.object(rollout, "noise_key", recorded_key):
         with recorded_collectives(found["collectives"]):
             found["metrics"] = trainer.iteration()
-    after = {key: p.detach().clone() for key, p in trainer.policy.trainable().items()}
-    return found | {"before": before, "after": after}
+    return found | {"before": before, "after": whole_weights(trainer)}
+
+
+def whole_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Trained parameters, gathered from their slices; a collective."""
+    return {
+        key: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for key, p in trainer.policy.trainable().items()
+    }
 
 
 def _record(trainer: Trainer, found: dict[str, Any]) -> None:
     sample, schedule, batch = trainer.sample, trainer.schedule_updates, trainer.prompts.batch
 
     def recorded_batch(*arguments):
-        found["prompts"] = batch(*arguments)
-        return found["prompts"]
+        rows = batch(*arguments)
+        found["prompts"] = [(index, prompt.text) for index, prompt in rows]
+        return rows
 
     def recorded_sample(plan, conditions):
         drawn = sample(plan, conditions)
@@ -178,8 +203,8 @@ def _record(trainer: Trainer, found: dict[str, Any]) -> None:
         found["leaves"] = [(p, plan.leaves[g]) for p, g in drawn.leaves]
         return drawn
 
-    def recorded_updates(plan, rewards, advantages):
-        updates = schedule(plan, rewards, advantages)
+    def recorded_updates(plan, rewards, *rest):
+        updates = schedule(plan, rewards, *rest)
         found["rewards"] = rewards.tolist()
         found["divisors"] = [update.divisor for update in updates]
         found["modules"] = [update.modules for update in updates]
@@ -212,7 +237,9 @@ def whole_run(folder: Path, models: Path, world: World, **overrides: Any) -> Run
 
 def gate_message(world: World, models: Path, folder: Path) -> str:
     """What the ratio gate says on each process when the last one's adapter is perturbed."""
-    config = one_config(folder, models / "wan1", {"policy.train": "lora"}, world)
+    # DDP: with slices, a perturbed one would be every process's.
+    overrides = {"policy.train": "lora", "parallel.engine": "ddp"}
+    config = one_config(folder, models / "wan1", overrides, world)
     trainer = Trainer(config, world)
     score = trainer.score
 

@@ -70,12 +70,12 @@ def refused(trainer, limit, largest=5.0, steps=("0", "1", "2")) -> str:
     before: dict[str, torch.Tensor] = {}
     plant_before_training(trainer, lambda t: before.update(weights_of(t)))
     done, updates = trainer.done, trainer.policy.ema_updates
-    state = [dict(o.state) for o in trainer.updater.optimizers.values()]
+    state = [dict(o.state) for o in trainer.engine.optimizers.values()]
     with pytest.raises(RatioGateError) as caught:
         trainer.iteration()
     for name, value in weights_of(trainer).items():
         assert torch.equal(value, before[name]), f"{name} moved before the gate spoke"
-    assert state == [dict(o.state) for o in trainer.updater.optimizers.values()]
+    assert state == [dict(o.state) for o in trainer.engine.optimizers.values()]
     assert (trainer.done, trainer.policy.ema_updates) == (done, updates)
     message = str(caught.value)
     mode = trainer.updater.mode

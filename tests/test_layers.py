@@ -20,7 +20,7 @@ LEVELS: tuple[set[str], ...] = (
     {"schedules", "dynamics", "transitions"},
     {"policy", "batching", "tree", "trajectories", "advantages", "roles", "prompt"},
     {"rollout", "losses", "models", "rewards", "parallel", "checkpoint", "data", "report", "quiet"},
-    {"trainer", "updating", "run"},
+    {"trainer", "updating", "run", "networks"},
     {"cli"},
     {"__main__"},
 )
@@ -39,8 +39,10 @@ ARROWS = {
     ("rollout", "models"),
     ("losses", "models"),
     ("checkpoint", "parallel"),  # World: who writes, and who waits.
+    ("report", "parallel"),  # World: evaluation is spread over processes.
     ("report", "rewards"),  # The Reward protocols: evaluation asks a reward for its parts.
     ("trainer", "updating"),
+    ("trainer", "networks"),
     ("run", "trainer"),
 }
 

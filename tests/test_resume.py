@@ -48,7 +48,7 @@ def state_of(config: RunConfig) -> tuple[dict[str, torch.Tensor], dict]:
     """Everything that the newest snapshot holds."""
     trainer = Trainer(config, CPU)
     assert trainer.resume()
-    tensors = checkpoint.collect(trainer.policy, trainer.updater.optimizers)
+    tensors = checkpoint.collect(trainer.policy, trainer.engine.optimizers)
     extra = {
         "done": trainer.done,
         "ema_updates": trainer.policy.ema_updates,
@@ -102,7 +102,7 @@ def test_resumed_run_is_the_whole_run(tmp_path, tiny_wan_folder, trained):
 
 def state_of_base(config: RunConfig):
     trainer = Trainer(config, CPU)
-    return checkpoint.collect(trainer.policy, trainer.updater.optimizers), trainer
+    return checkpoint.collect(trainer.policy, trainer.engine.optimizers), trainer
 
 
 def snapshots(config: RunConfig) -> list[Path]:

@@ -25,7 +25,7 @@ def disagreements(get: Get, default: Get) -> list[Disagreement]:
         default: Default at a dotted path.
     """
     found: list[Disagreement] = _without_effect(get, default)
-    for check in (_last_step, _window, _branches, _group, _credit, _updates):
+    for check in (_dynamics, _last_step, _window, _branches, _group, _credit, _updates):
         try:
             found.extend(check(get))
         except NotValid:
@@ -53,6 +53,12 @@ _ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (f"{_TREE}.branches", f"{_TREE}.kind", ("branch_points", "trunk_with_branches")),
     (f"{_TREE}.trunks", f"{_TREE}.kind", ("trunk_with_branches",)),
     ("advantage.running_window", "advantage.scope", ("running",)),
+    ("parallel.dp_replicate", "parallel.engine", ("fsdp",)),
+    ("parallel.dp_shard", "parallel.engine", ("fsdp",)),
+    ("parallel.gather_rollout", "parallel.engine", ("fsdp",)),
+    ("parallel.defer_reduction", "parallel.engine", ("fsdp",)),
+    ("parallel.zero_stage", "parallel.engine", ("deepspeed",)),
+    ("parallel.offload_optimizer", "parallel.engine", ("deepspeed",)),
     ("policy.lora_rank", "policy.train", ("lora",)),
     ("policy.lora_alpha", "policy.train", ("lora",)),
     ("policy.lora_targets", "policy.train", ("lora",)),
@@ -76,6 +82,23 @@ def _without_effect(get: Get, default: Get) -> list[Disagreement]:
 def _trained_steps(get: Get) -> int:
     """Steps 0 .. n - 1 can be trained; the last of the schedule only with train_last."""
     return get("rollout.steps") - (0 if get("rollout.train_last") else 1)
+
+
+_DDIM, _DDIM_FAMILIES = ("ddim", "vp"), ("sd",)  # The others predict a flow's velocity.
+
+
+def _dynamics(get: Get) -> Iterator[Disagreement]:
+    dynamics, family = get("rollout.dynamics"), get("model.family")
+    if (family in _DDIM_FAMILIES) != (dynamics in _DDIM):
+        fitting = "ddim or vp" if family in _DDIM_FAMILIES else "dance, flow, flow_wan or cps"
+        yield "rollout.dynamics", f"model.family = {family} needs {fitting}"
+        return
+    if dynamics == "ddim" and get("rollout.noise_level") > 1:
+        yield "rollout.noise_level", "ddim takes a level (eta) in (0, 1], such as 1.0"
+    if dynamics in _DDIM and get("rollout.schedule") == "dance":
+        yield "rollout.schedule", f"is a flow's grid; family {family} needs diffusers"
+    if dynamics in (*_DDIM, "cps") and get("loss.kl") == "flow_image":
+        yield "loss.kl", "leaves out the step length of a flow's SDE noise; use exact"
 
 
 def _last_step(get: Get) -> Iterator[Disagreement]:

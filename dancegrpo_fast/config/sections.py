@@ -26,7 +26,9 @@ class ModelConfig(Section):
     ]  # fmt: skip
     """Which of our model families loads the folder."""
     path: str
-    """Folder of a diffusers pipeline (relative to the working directory)."""
+    """Folder of a diffusers pipeline (relative to the working directory), or its hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; null is its main branch."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of frozen weights and of the network's arithmetic; trained weights are float32."""
     height: int = Field(ge=1)
@@ -58,6 +60,8 @@ class DataConfig(Section):
     """Text file with one training prompt a line (relative to the working directory)."""
     prompts_per_iteration: int = Field(ge=1)
     """Prompts drawn for one iteration, over all processes."""
+    embeddings: str | None = None
+    """Folder of embedded prompts, shared by runs; null is `embeddings` in the output folder."""
 
 
 class TreeConfig(Section):
@@ -88,10 +92,10 @@ class RolloutConfig(Section):
     """Sigma grid: the model's own scheduler, or DanceGRPO's shifted one."""
     shift: float | None = Field(default=None, gt=0)
     """Time shift of the `dance` schedule (DanceGRPO: 3 for FLUX, 5 for HunyuanVideo)."""
-    dynamics: Literal["dance", "flow", "flow_wan", "cps"] = "dance"
-    """Kind of stochastic step."""
+    dynamics: Literal["dance", "flow", "flow_wan", "cps", "ddim", "vp"] = "dance"
+    """Kind of stochastic step; `ddim` and `vp` for family sd, the others for flow models."""
     noise_level: float = Field(gt=0)
-    """Strength of the stochastic step (dance: eta, about .3; flow and cps: about .7)."""
+    """Strength of the stochastic step (dance: eta, about .3; flow and cps: about .7; ddim: 1)."""
     exact_density: bool = False
     """`cps`: the true Gaussian density instead of FlowCPS's -mean(r^2)."""
     final: Literal["x0", "sample", "ode"] = "x0"
@@ -110,6 +114,18 @@ class RewardConfig(Section):
     """A reward of ours, or `path/to/file.py:ClassName` for your own."""
     weight: float = 1.0
     """Weight in the advantage; negative minimises, 0 only logs."""
+    path: str | None = None
+    """Folder or hub id of its weights; null is the reward's own."""
+    options: dict[str, Any] = {}
+    """Further settings of the reward, named in docs/rewards.md."""
+    frames: list[int] | None = Field(default=None, min_length=1)
+    """Frames of a video that it sees, negative from the end; null is all."""
+    win_rate: Literal["balanced", "both"] | None = None
+    """Turn it into the share of the prompt's other samples that a sample beats; null does not."""
+    threshold: float | None = None
+    """Turn it into 1 above this value and 0 elsewhere; null does not."""
+    offload: bool = False
+    """Keep its weights in CPU memory outside scoring."""
 
 
 class AdvantageConfig(Section):
@@ -182,6 +198,35 @@ class OptimizerConfig(Section):
     """Gradients are scaled down to this global norm."""
 
 
+class ParallelConfig(Section):
+    engine: Literal["fsdp", "ddp", "deepspeed"] = "fsdp"
+    """How weights and gradients are spread over processes; one process needs none."""
+    dp_replicate: int = Field(default=1, ge=1)
+    """`fsdp`: copies of the sharded model; one per machine keeps weight traffic inside it."""
+    dp_shard: int | None = Field(default=None, ge=1)
+    """`fsdp`: processes that share one copy; null is what dp_replicate and sp leave."""
+    sp: int = Field(default=1, ge=1)
+    """Processes that share the tokens of one forward (sequence parallelism)."""
+    groups: Literal["together", "spread"] = "together"
+    """A prompt's samples on as few processes as possible, or evenly over all of them."""
+    gather_rollout: bool = True
+    """`fsdp`: gather each network's weights once per rollout; false gathers in every forward."""
+    defer_reduction: bool = False
+    """`fsdp`: exchange gradients once per update: less traffic, whole gradients in memory."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """`deepspeed`: what is sharded: optimizer, gradients too, weights too."""
+    offload_optimizer: bool = False
+    """`deepspeed`: optimizer state and step in host memory."""
+    attention: Literal["default", "native", "cudnn", "flash", "flash_3", "xformers"] = "default"
+    """Attention backend of the trained networks; default leaves the model's own."""
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """Activations recomputed in the backward: none, all of a block, or all but its costliest."""
+    offload_activations: bool = False
+    """Keep activations that wait for their backward in host memory."""
+    compile: bool = False
+    """torch.compile each block."""
+
+
 class EvaluationConfig(Section):
     prompts: str | None = None
     """Text file with one held-out prompt a line; null evaluates nothing."""
@@ -220,6 +265,7 @@ class RunConfig(Section):
     loss: LossConfig
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig
+    parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 

@@ -7,13 +7,13 @@ stale weights, other guidance, a perturbed adapter. The gate measures it on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dancegrpo_fast.batching import Call, Item
+from dancegrpo_fast.batching import Call, Item, micro_batches
 from dancegrpo_fast.config import LossConfig, UserError
 from dancegrpo_fast.losses.policy_gradient import recompute_log_prob
 from dancegrpo_fast.models.conditions import Conditions
@@ -132,7 +132,7 @@ def explain_gap(
     drawn: Trajectories,
     conditions: Conditions,
     family: Family,
-    policy: Policy,
+    network: nn.Module,
     *,
     batch_size: int,
     limit: float,
@@ -142,10 +142,10 @@ def explain_gap(
     if largest <= limit:
         return f"this process measured {largest:.2e} at most; the gap is in another one's samples"
     plan = drawn.plan
-    batch = _rollout_batch(drawn, (item.prompt, item.state), batch_size)
+    batch = _rollout_batch(drawn, (item.prompt, item.state), batch_size, conditions.kinds)
     drawn_children = [[c for c in plan.children[s] if (p, c) in drawn.log_prob] for p, s in batch]
     fan = Fan.of(batch, drawn_children)
-    new = recompute_log_prob(fan, drawn, conditions, family, policy.modules[call.module])
+    new = recompute_log_prob(fan, drawn, conditions, family, network)
     gaps = (drawn.recorded_log_prob(fan.edges) - new).abs().nan_to_num(nan=torch.inf)
     gap = float(gaps.max())
     shapes = f"batch of {len(batch)} states instead of {len(call.items)}"
@@ -160,11 +160,13 @@ def explain_gap(
     )
 
 
-def _rollout_batch(drawn: Trajectories, place: Place, batch_size: int) -> list[Place]:
+def _rollout_batch(
+    drawn: Trajectories, place: Place, batch_size: int, kinds: Sequence[int]
+) -> list[Place]:
     """The states that shared the rollout's forward with `place`."""
     states = drawn.plan.states
     step = states[place[1]].step
     sources = {(p, states[child].parent) for p, child in drawn.log_prob}
     same = sorted(source for source in sources if states[source[1]].step == step)
-    start = same.index(place) // batch_size * batch_size
-    return same[start : start + batch_size]
+    batches = micro_batches(same, batch_size, lambda source: kinds[source[0]])
+    return next(batch for batch in batches if place in batch)

@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.policy import ADAPTER, Policy
 
 
-def export(family: Family, policy: Policy, out: Path) -> None:
+def export(family: Family, policy: Policy, out: Path, *, main: bool = True) -> None:
     """Write what a stock pipeline loads: a whole folder, or LoRA weights.
 
     With an average (`policy.ema_decay`), the averaged weights are written. Components that were
-    not trained are copied from the base folder, byte for byte.
+    not trained are copied from the base folder, byte for byte. Every process takes part (sharded
+    weights are gathered, one tensor at a time); the `main` one writes.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with policy.averaged():
-        if policy.config.train == "full":
+    full = policy.config.train == "full"
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        if full:
             _copy_all_but(family.source.folder, out, set(policy.modules))
-            for name, module in policy.modules.items():
-                module.save_pretrained(out / name, safe_serialization=True)
-        else:
-            _write_lora(family, policy, out)
+    with policy.averaged():
+        for position, (name, module) in enumerate(policy.modules.items()):
+            if full:
+                state = whole_state(module, lambda _: True, main)
+                if main:
+                    _write_network(family.source.component_class(name), module, state, out / name)
+            else:
+                state = whole_state(module, lambda key: "lora_" in key, main)
+                if main:  # diffusers loads a second expert's LoRA from a file of its own.
+                    _write_lora(family, module, state, out / name if position else out)
+
+
+def whole_state(
+    module: torch.nn.Module, wanted: Callable[[str], bool], keep: bool
+) -> dict[str, Tensor]:
+    """A module's state on the CPU, gathered from its slices; empty where it is not kept."""
+    state = {}
+    for name, tensor in module.state_dict().items():
+        if wanted(name):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if keep:
+                state[name] = whole.detach().cpu()
+    return state
+
+
+def _write_network(cls: Any, module: Any, state: dict[str, Tensor], out: Path) -> None:
+    with torch.device("meta"):
+        empty = cls.from_config(module.config)
+    empty.load_state_dict(state, assign=True)
+    empty.save_pretrained(out, safe_serialization=True)
 
 
 def _copy_all_but(folder: Path, out: Path, networks: set[str]) -> None:
@@ -34,17 +67,15 @@ def _copy_all_but(folder: Path, out: Path, networks: set[str]) -> None:
             shutil.copytree(part, out / part.name, dirs_exist_ok=True)
 
 
-def _write_lora(family: Family, policy: Policy, out: Path) -> None:
+def _write_lora(family: Family, module: Any, state: dict[str, Tensor], out: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
-    modules: dict[str, Any] = dict(policy.modules)
     kind = family.networks[0]  # "transformer" or "unet"
-    for position, (name, module) in enumerate(modules.items()):
-        # diffusers loads a second expert's LoRA from a file of its own.
-        family.source.pipeline_class.save_lora_weights(
-            out / name if position else out,
-            **{
-                f"{kind}_lora_layers": get_peft_model_state_dict(module, adapter_name=ADAPTER),
-                f"{kind}_lora_adapter_metadata": module.peft_config[ADAPTER].to_dict(),
-            },
-        )
+    layers = get_peft_model_state_dict(module, state_dict=state, adapter_name=ADAPTER)
+    family.source.pipeline_class.save_lora_weights(
+        out,
+        **{
+            f"{kind}_lora_layers": layers,
+            f"{kind}_lora_adapter_metadata": module.peft_config[ADAPTER].to_dict(),
+        },
+    )

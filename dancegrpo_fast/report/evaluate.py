@@ -1,7 +1,8 @@
 """Held-out evaluation: the same prompts and the same initial noise, before and after training.
 
-Samples are drawn by the stock diffusers pipeline, deterministically. Differences are taken per
-prompt and seed, averaged per prompt, and their standard error is over prompts.
+Samples are drawn deterministically, as the stock diffusers pipeline draws them (tests/families holds
+the two equal). Differences are taken per prompt and seed, averaged per prompt, and their standard
+error is over prompts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dancegrpo_fast.config import EvaluationConfig
 from dancegrpo_fast.ops.noise import NoiseKey, keys_table, normal_batch
+from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import HasParts, Reward
 from dancegrpo_fast.roles import Role
@@ -93,10 +95,11 @@ def evaluate(
     config: EvaluationConfig,
     *,
     latent_shape: Sequence[int],
-    device: torch.device,
+    sample_shape: Sequence[int],
+    world: World,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Evaluation:
-    """Draw and score every prompt with every seed.
+    """Draw and score every prompt with every seed; prompts are spread over processes.
 
     Args:
         draw: Draws a batch from initial noise.
@@ -104,32 +107,42 @@ def evaluate(
         rewards: What is measured.
         config: Number of seeds, their root seed and the batch size.
         latent_shape: [C, F, H, W].
-        device: Where latents are needed.
+        sample_shape: [F, 3, H, W] of one sample.
+        world: The processes; every one returns the whole evaluation.
         progress: Called with the number of samples after each batch.
     """
-    jobs = [(p, s) for s in range(config.seeds) for p in range(len(prompts))]
-    videos: list[Tensor] = []
+    parts = np.array_split(np.arange(len(prompts)), world.data_size)
+    own = [int(p) for p in parts[world.data_rank]]
+    jobs = [(p, s) for p in own for s in range(config.seeds)]
+    videos = torch.empty((len(jobs), *sample_shape), dtype=torch.uint8)
     for start in range(0, len(jobs), config.batch_size):
         batch = jobs[start : start + config.batch_size]
-        latents = initial_latents(config, batch, latent_shape, device)
+        latents = initial_latents(config, batch, latent_shape, world.device)
         drawn = draw([prompts[p] for p, _ in batch], latents)
-        videos += list((drawn * 255).round().to(torch.uint8).cpu())
+        videos[start : start + len(batch)] = (drawn * 255).round().to(torch.uint8).cpu()
         progress(len(batch))
-    shape = (config.seeds, len(prompts))
-    stacked = torch.stack(videos).reshape(*shape, *videos[0].shape)
-    flat_prompts = [prompts[p].text for _, p in np.ndindex(*shape)]
+    texts = [prompts[p].text for p, _ in jobs]
     # Scored from the 8-bit pixels that a user would save, not from floats that nobody sees.
-    pixels = stacked.flatten(0, 1).float() / 255
-    scores = torch.stack([reward(pixels, flat_prompts).double() for reward in rewards], dim=1)
-    part_names, parts = _parts(rewards, pixels, flat_prompts)
-    return Evaluation(
-        scores.numpy().reshape(*shape, -1).transpose(1, 0, 2),
-        tuple(reward.name for reward in rewards),
-        parts.reshape(*shape, -1).transpose(1, 0, 2),
-        part_names,
-        _distances(stacked),
-        stacked[0].numpy(),
+    scores = torch.empty(len(jobs), len(rewards), dtype=torch.float64)
+    part_names, part_values = _parts(rewards, videos, texts)
+    if jobs:
+        pixels = videos.float() / 255
+        columns = [reward(pixels, texts).double().cpu() for reward in rewards]
+        scores = torch.stack(columns, dim=1)
+    by_prompt = (len(own), config.seeds)
+    found = (
+        scores.unflatten(0, by_prompt),
+        part_values.unflatten(0, by_prompt),
+        _distances(videos.unflatten(0, by_prompt)),
+        videos.unflatten(0, by_prompt)[:, 0],
     )
+    # A sequence-parallel group drew the same samples: one of its ranks hands them in.
+    counts = [len(parts[r // world.sp]) if r % world.sp == 0 else 0 for r in range(world.size)]
+    whole = [
+        torch.cat(world.gather_rows(t if world.speaks else t[:0], counts)).numpy() for t in found
+    ]
+    names = tuple(reward.name for reward in rewards)
+    return Evaluation(whole[0], names, whole[1], part_names, whole[2], whole[3])
 
 
 def initial_latents(
@@ -145,22 +158,25 @@ def initial_latents(
 
 
 def _parts(
-    rewards: Sequence[Reward], pixels: Tensor, prompts: list[str]
-) -> tuple[tuple[str, ...], np.ndarray]:
+    rewards: Sequence[Reward], videos: Tensor, prompts: list[str]
+) -> tuple[tuple[str, ...], Tensor]:
     names: list[str] = []
-    columns = [np.zeros((len(prompts), 0))]
+    columns = [torch.zeros(len(prompts), 0, dtype=torch.float64)]
     for reward in rewards:
         if isinstance(reward, HasParts):
             names += [f"{reward.name}.{part}" for part in reward.part_names]
-            columns.append(reward.parts(pixels, prompts).double().numpy())
-    return tuple(names), np.concatenate(columns, axis=1)
+            if prompts:
+                columns.append(reward.parts(videos.float() / 255, prompts).double().cpu())
+    if not prompts:
+        return tuple(names), torch.zeros(0, len(names), dtype=torch.float64)
+    return tuple(names), torch.cat(columns, dim=1)
 
 
-def _distances(videos: Tensor) -> np.ndarray:
-    """[P] mean RMS distance between the samples of different seeds; videos [S, P, ...] uint8."""
+def _distances(videos: Tensor) -> Tensor:
+    """[P] mean RMS distance between the samples of different seeds; videos [P, S, ...] uint8."""
     flat = videos.flatten(2).float() / 255
-    pairs = [(i, j) for i in range(len(flat)) for j in range(i)]
+    pairs = [(i, j) for i in range(flat.shape[1]) for j in range(i)]
     if not pairs:
-        return np.full(flat.shape[1], np.nan)
-    rms = [(flat[i] - flat[j]).square().mean(dim=1).sqrt() for i, j in pairs]
-    return torch.stack(rms).mean(dim=0).double().numpy()
+        return torch.full((len(flat),), torch.nan, dtype=torch.float64)
+    rms = [(flat[:, i] - flat[:, j]).square().mean(dim=1).sqrt() for i, j in pairs]
+    return torch.stack(rms).mean(dim=0).double()
