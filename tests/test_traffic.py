@@ -1,0 +1,46 @@
+"""What crosses the wires in an iteration, counted: benchmarks/traffic.py's claims hold."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import traffic
+
+GROUPS = 3  # FSDP2's: the tiny network's two blocks, and the rest.
+
+
+@pytest.fixture(scope="module")
+def patterns(tmp_path_factory) -> dict:
+    return traffic.launch(tmp_path_factory.mktemp("traffic"))["patterns"]
+
+
+def received(found: dict, stage: str, reach: str = "") -> int:
+    pairs = found["received"].items()
+    return sum(n for key, n in pairs if key.startswith(stage) and key.endswith(reach))
+
+
+def calls(found: dict, path: str) -> int:
+    return sum(n for key, n in found["calls"].items() if key.startswith(path))
+
+
+def test_weights_are_gathered_once_per_rollout(patterns):
+    for name in ("ours", "ours, gradients once per update"):
+        assert calls(patterns[name], "rollout/all_gather_tensor/inside") == GROUPS
+        assert calls(patterns[name], "rollout") == GROUPS, "nothing else moves in a rollout"
+        assert received(patterns["public"], "rollout") >= 50 * received(patterns[name], "rollout")
+
+
+def test_gradients_cross_machines_once_per_update(patterns):
+    assert calls(patterns["public"], "update/reduce_scatter_tensor/between") > 10 * GROUPS
+    for name in ("ours", "ours, gradients once per update"):
+        found = patterns[name]
+        assert calls(found, "update/all_reduce/between") == GROUPS
+        assert calls(found, "update/all_gather_tensor/between") == 0
+        assert calls(found, "update/reduce_scatter_tensor/between") == 0
+    deferred = patterns["ours, gradients once per update"]
+    assert calls(deferred, "update/reduce_scatter_tensor/inside") == GROUPS
+    assert calls(patterns["ours"], "update/reduce_scatter_tensor/inside") > GROUPS
