@@ -125,25 +125,18 @@ def make_inputs(task: Task, device: str) -> Inputs:
 # ------------------------------------------------------------------ providers: name -> call
 
 
+def differentiated(loss: Callable[..., Tensor], m: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """(loss, its gradient with respect to m)."""
+    value = loss(m, *rest)
+    return value, torch.autograd.grad(value, m)[0]
+
+
 def policy_providers(task: Task, given: Inputs, ours: list[str]) -> dict[str, Callable[[], Any]]:
     """Each returns (loss, gradient of m or of its rows)."""
     i = given
 
     def rows(loss: Callable[..., Tensor], *more: object) -> Callable[[], Any]:
-        def call() -> tuple[Tensor, Tensor]:
-            value = loss(i.m_rows, i.x_rows, i.y, *more)
-            return value, torch.autograd.grad(value, i.m_rows)[0]
-
-        return call
-
-    def broadcast(loss: Callable[..., Tensor]) -> Callable[[], Any]:
-        y = i.y.view(task.states, task.children, *i.y.shape[1:])
-
-        def call() -> tuple[Tensor, Tensor]:
-            value = loss(i.m, i.x, y, i.table, i.advantages, i.old, CLIP)
-            return value, torch.autograd.grad(value, i.m)[0]
-
-        return call
+        return partial(differentiated, loss, i.m_rows, i.x_rows, i.y, *more)
 
     def fused(implementation: str) -> tuple[Tensor, Tensor]:
         value = ops.policy_loss(
@@ -162,7 +155,8 @@ def policy_providers(task: Task, given: Inputs, ours: list[str]) -> dict[str, Ca
     }
     if task.children > 1:
         wide = torch.compile(formulas.clean_loss_broadcast, dynamic=False)
-        calls["clean broadcast, compiled"] = broadcast(wide)
+        y = i.y.view(task.states, task.children, *i.y.shape[1:])
+        calls["clean broadcast, compiled"] = partial(differentiated, wide, i.m, i.x, y, *clean)
     return calls | {name: partial(fused, name) for name in ours}
 
 
@@ -172,11 +166,7 @@ def nft_providers(task: Task, given: Inputs, ours: list[str]) -> dict[str, Calla
     plain = (i.x, i.y, i.m_old, i.sigmas, i.advantages, BETA, ADVANTAGE_CLIP)
 
     def formula(loss: Callable[..., Tensor]) -> Callable[[], Any]:
-        def call() -> tuple[Tensor, Tensor]:
-            value = loss(i.m, *plain)
-            return value, torch.autograd.grad(value, i.m)[0]
-
-        return call
+        return partial(differentiated, loss, i.m, *plain)
 
     def fused(implementation: str) -> tuple[Tensor, Tensor]:
         value = ops.nft_loss(

@@ -301,3 +301,27 @@ def test_rows_of_sigma_pairs_are_those_of_the_cpu(dynamics: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(found.cpu(), wanted, rtol=1.2e-7, atol=0)
+
+
+def test_tables_made_in_a_capture_are_not_kept() -> None:
+    """Until a replay they hold nothing: what is built next, without a graph, must be right."""
+    pytest.importorskip("triton")
+    from dancegrpo_fast.integrations.common import flow_table, pair_rows
+
+    def rows(sigmas: torch.Tensor, level: float) -> tuple[torch.Tensor, torch.Tensor]:
+        how: Any = {"dynamics": "dance", "level": level}
+        return flow_table(sigmas, **how), pair_rows(sigmas[:-1], sigmas[1:], batch=8, **how)
+
+    sigmas, level = torch.linspace(1, 0, 9), 0.123  # a level that no other test has kept
+    wanted, on_gpu = rows(sigmas, level), sigmas.cuda()
+    rows(on_gpu, 0.5)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = rows(on_gpu, level)
+    eager = rows(on_gpu, level)
+    graph.replay()
+    for own, found, expected in zip(captured, eager, wanted, strict=True):
+        assert found.data_ptr() != own.data_ptr() and torch.equal(own, found)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1.2e-7, atol=0)
+    assert rows(on_gpu, level)[0] is eager[0]  # that one is kept

@@ -19,6 +19,7 @@ LOG = ROOT / "benchmarks" / "results" / "torch_2_5_1.log"
 PACKAGES = ["torch==2.5.1", "numpy<2.3", "pytest", "scipy"]  # no diffusers, no transformers
 CORE = [
     "tests/test_ops.py", "tests/test_policy_loss.py", "tests/test_forward_loss.py",
+    "tests/test_forward_loss_refused.py", "tests/test_implementations.py",
     "tests/test_torch_integration.py", "tests/integrations",
 ]  # fmt: skip
 

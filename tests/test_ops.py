@@ -1,11 +1,8 @@
-"""Sampling, log-probs, argument checks and imports of the ops: closed forms and exact bits."""
+"""Sampling, log-probs and argument checks of the ops: closed forms and exact bits."""
 
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -23,12 +20,9 @@ from ops_cases import (  # noqa: F401
 
 from dancegrpo_fast.ops import (
     POLICY_METRICS,
-    implementations,
-    packing,
     policy_loss,
     reference,
     sample_transition,
-    selected,
     transition_log_prob,
     transition_mean,
     x0_estimate,
@@ -368,105 +362,3 @@ def test_ode_children_may_stand_with_no_advantage_and_no_weight() -> None:
 def test_constants_may_require_gradients_where_none_is_taken() -> None:
     with torch.no_grad():
         transition_log_prob(randn(1, 4), randn(1, 4).requires_grad_(), randn(1, 4), table(3))
-
-
-# ------------------------------------------------------------------ which implementation
-
-
-def test_the_choice_can_be_asked_for(implementation: str) -> None:
-    cpu, meta = torch.zeros(1), torch.zeros(1, device="meta")
-    assert selected("auto", cpu) == implementation
-    assert selected("reference", cpu) == "reference"
-    assert selected("auto", meta) == "reference"
-    assert implementations()["reference"] is None
-    assert (implementations()["native"] is None) == (implementation == "native")
-
-
-def test_a_requested_implementation_is_never_replaced(
-    implementation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    meta = torch.zeros(1, device="meta")
-    with pytest.raises(ValueError, match="implementation = 'native': .*; or use 'auto'"):
-        selected("native", meta)  # Not built, or not for this device.
-    if implementation == "reference":
-        with pytest.raises(ValueError, match="'native': hidden by a test; or use 'auto'"):
-            bad_loss(implementation="native")()
-    monkeypatch.setitem(packing._MISSING, "triton", None)
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="'triton': it takes CUDA tensors, and these are on cpu"):
-        selected("triton", torch.zeros(1))
-    with pytest.raises(ValueError, match="computes in float32, and an input is float64"):
-        selected("triton", torch.zeros(1), torch.zeros(1, dtype=F64))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert selected("triton", torch.zeros(1)) == "triton"
-
-
-@pytest.mark.parametrize(
-    ("version", "usable"), [("3.1.0", False), ("3.10.0+git1a2b", True), ("3.6.0", True)]
-)
-def test_an_old_triton_is_not_taken(
-    version: str, usable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = ModuleSpec("triton", None, origin="triton/__init__.py")
-    monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(packing.importlib.metadata, "version", lambda name: version)
-    reason = packing._triton_missing()
-    assert reason is None if usable else f"Triton {version} is older than" in reason
-
-
-def test_a_folder_named_triton_is_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = ModuleSpec("triton", None)  # of a namespace package, any such folder on the path
-    monkeypatch.setattr(packing.importlib.util, "find_spec", lambda name: spec)
-    assert "not installed" in packing._triton_missing()
-
-
-def test_auto_says_once_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(packing._MISSING, "native", "no compiler (said by a test)")
-    packing._warn_once.cache_clear()
-    for _ in range(2):
-        bad_sample()()
-    assert [record.message for record in caplog.records].count(
-        "the ops run their slower reference in plain torch: no compiler (said by a test)"
-    ) == 1
-
-
-# ------------------------------------------------------------------ the core's imports
-
-GUARD = """
-import sys
-
-class Guard:
-    def find_spec(self, name, path=None, target=None):
-        top = name.partition(".")[0]
-        if top in allowed or top in sys.stdlib_module_names:
-            return None
-        raise ModuleNotFoundError(f"the core imported {name}", name=name)
-
-allowed = {"dancegrpo_fast", "torch", "numpy", "triton"}  # triton is looked for only
-import numpy, torch  # what these import themselves is theirs
-before = set(sys.modules)
-sys.meta_path.insert(0, Guard())
-import dancegrpo_fast as core
-rows = core.coefficient_table(
-    [core.transition(core.dance_schedule(8, 3.0), 2, 3, dynamics="dance", kind="sde", level=0.3)]
-)
-m = torch.ones(1, 4, 4, requires_grad=True)
-keys = [core.NoiseKey.from_seed(0).draw()]
-y, old = core.sample_transition(m, torch.ones(1, 4, 4), rows, keys=keys)
-core.policy_loss(m, torch.ones(1, 4, 4), y, rows, torch.ones(1), old_log_prob=old).loss.backward()
-assert m.grad.abs().sum() > 0
-import importlib, pkgutil
-import dancegrpo_fast.integrations as hosts
-for found in pkgutil.iter_modules(hosts.__path__):
-    importlib.import_module(f"{hosts.__name__}.{found.name}")
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(sorted(new - {"dancegrpo_fast", "torch", "numpy"} - sys.stdlib_module_names))
-"""
-
-
-def test_the_core_imports_torch_and_numpy_only() -> None:
-    done = subprocess.run([sys.executable, "-c", GUARD], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"

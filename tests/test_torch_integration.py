@@ -1,11 +1,8 @@
-"""The ops inside torch: autograd, custom operators, torch.compile, checkpointing, subclasses."""
+"""The ops inside torch: autograd, custom operators, torch.compile, checkpointing."""
 
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dancegrpo_fast.ops import (
     awm_loss,
-    implementations,
     nft_loss,
     policy_loss,
     sample_transition,
@@ -333,113 +329,3 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
             assert torch.equal(call(batch.m), expected[name])
         with torch.inference_mode():
             assert torch.equal(call(batch.m), expected[name])
-
-
-# ------------------------------------------------------------------ Triton
-
-THROUGH_TRITON = """
-import torch
-import dancegrpo_fast as core
-randn = lambda *shape: torch.randn(*shape, generator=generator)
-generator = torch.Generator().manual_seed(0)
-m, x, y, ref, old = (randn(3, 5, 7) for _ in range(5))
-m.requires_grad_()
-schedule = core.dance_schedule(16, 3.0)
-kind = {"dynamics": "dance", "kind": "sde", "level": 0.3}
-rows = core.coefficient_table([core.transition(schedule, i, i + 1, **kind) for i in (2, 5, 9)])
-a, t = randn(3), torch.tensor([0.0, 0.4, 1.0])
-keys = core.keys_table([core.NoiseKey.from_seed(i).draw() for i in range(3)])
-
-def results(name):
-    drawn = core.sample_transition(m, x, rows, keys=keys, implementation=name)
-    y, before = drawn
-    losses = [
-        core.transition_log_prob(m, x, y, rows, implementation=name).sum(),
-        core.policy_loss(m, x, y, rows, a, old_log_prob=before + 1e-3, clip_range=0.1,
-            old_output=old, reference_output=ref, kl_weight=0.1, implementation=name).loss,
-        core.nft_loss(m, x, y, t, a, old_output=old, beta=0.3, implementation=name).loss,
-        core.awm_loss(m, x, y, a, weighting=t + 0.1, form="huber", ema_output=old,
-            ema_weight=0.3, implementation=name).loss,
-    ]
-    return [*drawn, *losses, *(torch.autograd.grad(loss, m)[0] for loss in losses)]
-
-for ours, exact in zip(results("triton"), results("reference"), strict=True):
-    scale = exact.abs().max()
-    assert (ours - exact).abs().max() <= 2e-6 * scale, (ours, exact)
-try:
-    core.policy_loss(m.double(), x, y, rows, a, implementation="triton")
-except ValueError as error:
-    assert "an input is float64" in str(error)
-else:
-    raise AssertionError("float64 went to Triton")
-print("same")
-"""
-
-
-def test_triton_behind_the_public_functions(implementation: str) -> None:
-    """Forward and backward through its interpreter: a dozen float32 roundings of sums of 35."""
-    if implementation == "reference":
-        pytest.skip("once is enough")
-    if implementations()["triton"] is not None:
-        pytest.skip(implementations()["triton"])
-    done = subprocess.run(
-        [sys.executable, "-c", THROUGH_TRITON], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "same\n"
-
-
-# ------------------------------------------------------------------ tensors without plain memory
-
-
-def fake(tensor: Tensor) -> Tensor:
-    return torch._subclasses.FakeTensorMode().from_tensor(tensor)
-
-
-def distributed(tensor: Tensor) -> Tensor:
-    distributed_tensor = pytest.importorskip("torch.distributed.tensor")
-    return distributed_tensor.DTensor.from_local(tensor, one_process_mesh())
-
-
-@functools.cache
-def one_process_mesh() -> object:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    return torch.distributed.init_device_mesh("cpu", (1,))
-
-
-@pytest.fixture
-def no_process_group_left():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-        one_process_mesh.cache_clear()
-
-
-@pytest.mark.parametrize(("make", "kind"), [(fake, "FakeTensor"), (distributed, "DTensor")])
-def test_tensors_without_plain_memory_are_refused_by_name(
-    make: Callable[[Tensor], Tensor], kind: str, implementation: str, no_process_group_left: None
-) -> None:
-    if implementation == "reference":
-        pytest.skip("the reference takes what torch takes")
-    m, x, rows = randn(2, 6), randn(2, 6, seed=1), table(3, 4)
-    strange = make(m)
-    calls = (
-        lambda t: transition_log_prob(t, x, x, rows),
-        lambda t: sample_transition(x, t, rows, noise=x),
-        lambda t: policy_loss(t.requires_grad_(), x, x, rows, torch.ones(2)),
-        lambda t: nft_loss(x, x, t, torch.ones(2), torch.ones(2), old_output=x),
-    )
-    for call in calls:
-        with pytest.raises(ValueError, match=f"{kind} .*; pass a local torch.Tensor, or impl"):
-            call(strange.detach())
-
-
-def test_function_transforms_are_refused_not_ignored(implementation: str) -> None:
-    if implementation == "reference":
-        pytest.skip("the reference takes what torch takes")
-    m, x, rows = randn(2, 6), randn(2, 6, seed=1), table(3, 4)
-    for transform in (torch.func.grad, torch.func.vmap):
-        with pytest.raises((ValueError, RuntimeError)):
-            transform(lambda t: transition_log_prob(t, x, x, rows).sum())(m)

@@ -39,6 +39,7 @@ __all__ = [
     "RATIO_METRICS",
     "ClippedLoss",
     "Step",
+    "check_source",
     "clipped_loss",
     "clipped_surrogate",
     "ddim_table",
@@ -115,13 +116,8 @@ def step(
     """
     drawn = None
     if prev_sample is None:
-        if deterministic and (generator is not None or key is not None):
-            raise ValueError("deterministic = True draws nothing: pass no generator and no key")
-        noise = None
-        if not deterministic and key is None:
-            noise = randn(sample, generator)
-        elif generator is not None:
-            raise ValueError("generator and key are both given: pass one of them")
+        check_source(generator, key, deterministic)
+        noise = randn(sample, generator) if key is None and not deterministic else None
         drawn = sample_transition(
             model_output, sample, rows, keys=key, noise=noise,
             latent_dtype=latent_dtype or _wide(model_output, sample),
@@ -148,6 +144,20 @@ def step(
         center if mean else None,
         x0_estimate(model_output, sample, rows) if x0 else None,
     )
+
+
+def check_source(
+    generator: Generators, key: Tensor | Sequence[DrawKey] | None, deterministic: bool
+) -> None:
+    """Where the noise of a step comes from.
+
+    Raises:
+        ValueError: Both; or one of them for a step that draws nothing.
+    """
+    if deterministic and (generator is not None or key is not None):
+        raise ValueError("deterministic = True draws nothing: pass no generator and no key")
+    if generator is not None and key is not None:
+        raise ValueError("generator and key are both given: pass one of them")
 
 
 class _Moved(torch.autograd.Function):

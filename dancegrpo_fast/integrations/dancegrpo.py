@@ -14,7 +14,7 @@ or, with no edit, `torchrun ... -m dancegrpo_fast.integrations.run fastvideo/tra
 for any of them. The losses replace the lines from `advantages = torch.clamp(` to `loss = ...`;
 `fused_loss` replaces these and the call of `flux_step` in `grpo_one_step`.
 
-Written against commit 15cc71d5 (2025-10-16).
+Written against commit 15cc71d5 (2025-10-16; torch 2.5.0).
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ def _exact_flux_step(
     grpo: bool,
     sde_solver: bool,
 ) -> tuple[Tensor, ...]:
-    here, there = sigmas[index], sigmas[index + 1]
-    if here.dim() > 0:
-        raise ValueError("exact_order = True: the script has one index for all rows; pass it 0-d")
+    here, there = exact.sigma_pair(sigmas, index)
     moments = exact.dance_sde(model_output, latents, here, there, eta, sde_solver=sde_solver)
     if not grpo:
         return moments.mean, moments.x0
@@ -145,7 +143,8 @@ def ddim_step_with_logprob(
         timestep: Training timesteps: a number, 0-d or [B].
         sample: x, the same shape.
         eta: 0 to 1.
-        use_clipped_model_output: Changes nothing where nothing is clipped, and clipping is refused.
+        use_clipped_model_output: Changes nothing but the bits of exact_order, for clipping is
+            refused.
         generator: For x'.
         prev_sample: x', or None to draw it.
         exact_order: The original's order of operations (slow): its bits.
@@ -163,13 +162,10 @@ def ddim_step_with_logprob(
     stride = self.config.num_train_timesteps // self.num_inference_steps
     prediction = self.config.prediction_type
     if exact_order:
-        alphas = self.alphas_cumprod.to(sample.device)
-        t = torch.as_tensor(timestep, device=sample.device)
-        here, there = (
-            alphas[at].reshape(-1, *(1 for _ in sample.shape[1:]))
-            for at in (t, (t - stride).clamp(min=0))
+        here, there = exact.alpha_pair(self.alphas_cumprod, timestep, stride, sample)
+        moments = exact.ddim(
+            model_output, sample, here, there, eta, prediction, from_x0=use_clipped_model_output
         )
-        moments = exact.ddim(model_output, sample, here, there, eta, prediction)
         if prev_sample is None:
             noise = randn(model_output, generator, dtype=model_output.dtype)
             prev_sample = exact.draw(moments, noise)

@@ -12,7 +12,7 @@ replaces the lines from `advantages_clip = ` to `loss_terms["total_loss"] = `.
 
 Differences that can be seen: with eta = 0 nothing is drawn, and the log-prob is 0 where the
 original's is NaN (or an error); `ddim_step` takes the log-prob of `prev_sample` if that is given,
-where the original draws anew.
+where the original draws anew. `exact_order=True` has the original's bits.
 
 Written against commit 24af5554 (2025-09-22; torch 2.6.0).
 """
@@ -25,7 +25,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.integrations.common import Generators, flow_table, pair_rows, rows, step
+from dancegrpo_fast.integrations import exact
+from dancegrpo_fast.integrations.common import (
+    Generators,
+    flow_table,
+    pair_rows,
+    randn,
+    rows,
+    step,
+)
 from dancegrpo_fast.integrations.patching import Patch, install
 from dancegrpo_fast.integrations.tables import TABLES
 from dancegrpo_fast.ops import NFT_METRICS, nft_loss
@@ -41,6 +49,8 @@ def flow_grpo_step(
     index: int | Tensor,
     prev_sample: Tensor | None,
     generator: Generators = None,
+    *,
+    exact_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of Flow-GRPO's sampler; the host's signature and results.
 
@@ -54,6 +64,8 @@ def flow_grpo_step(
         index: i: a number, 0-d, or [B], one step per row (which the original cannot).
         prev_sample: x', or None to draw it.
         generator: For x'.
+        exact_order: The original's order of operations in plain torch (slow): its bits, also those
+            of the noise. Not for [B] indices.
 
     Returns:
         (x', x0 estimate, log_prob [B]), float32.
@@ -65,6 +77,14 @@ def flow_grpo_step(
     """
     if prev_sample is not None and generator is not None:
         raise ValueError("generator and prev_sample are both given: pass one of them")
+    if exact_order:
+        here, there = exact.sigma_pair(sigmas, index, model_output)
+        rate = exact.flow_rate(here, eta, sigmas[1].item())
+        moments = exact.reverse_sde(model_output, latents, here, there, rate)
+        if prev_sample is None:
+            noise = randn(model_output, generator, dtype=model_output.dtype)
+            prev_sample = exact.draw(moments, noise)
+        return prev_sample, moments.x0, exact.log_prob(prev_sample, moments)
     table = flow_table(sigmas, dynamics="flow", level=eta, device=latents.device)
     return _step(model_output, latents, table, index, prev_sample, eta, generator)
 
@@ -76,6 +96,8 @@ def dance_grpo_step(
     sigmas: Tensor,
     index: int | Tensor,
     prev_sample: Tensor | None,
+    *,
+    exact_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of DanceGRPO's sampler; the host's signature and results.
 
@@ -84,6 +106,13 @@ def dance_grpo_step(
 
     Source: DanceGRPO, arXiv 2505.07818.
     """
+    if exact_order:
+        moments = exact.dance_sde(model_output, latents, *exact.sigma_pair(sigmas, index), eta)
+        if prev_sample is None:
+            prev_sample = exact.draw(moments, torch.randn_like(moments.mean))
+        wide = moments._replace(mean=moments.mean.float())
+        log_prob = exact.log_prob(prev_sample.float(), wide, normaliser=False)
+        return prev_sample, moments.x0, log_prob
     table = flow_table(
         sigmas, dynamics="dance", level=eta, normaliser=False, device=latents.device
     )
@@ -97,6 +126,8 @@ def ddim_step(
     sigmas: Tensor,
     index: int | Tensor,
     prev_sample: Tensor | None,
+    *,
+    exact_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step of DDIM for a flow model; the host's signature and results.
 
@@ -109,6 +140,11 @@ def ddim_step(
     Source: DDIM, arXiv 2010.02502, equations 12 and 16, for x = (1 - sigma) x0 + sigma x1 divided
     by its norm sqrt((1 - sigma)^2 + sigma^2).
     """
+    if exact_order:
+        moments = _exact_ddim(model_output, latents, eta, sigmas, index)
+        if prev_sample is None:
+            prev_sample = exact.draw(moments, torch.randn_like(moments.x0))
+        return prev_sample, moments.x0, exact.log_prob(prev_sample, moments)
     table = _ddim_table(sigmas, eta, latents.device)
     return _step(model_output, latents, table, index, prev_sample, eta)
 
@@ -131,6 +167,18 @@ def _ddim_table(sigmas: Tensor, eta: float, device: torch.device) -> Tensor:
     return TABLES.get(sigmas, ("diffusion_nft.ddim", eta, device), build)
 
 
+def _exact_ddim(
+    model_output: Tensor, latents: Tensor, eta: float, sigmas: Tensor, index: int | Tensor
+) -> exact.Moments:
+    """The original's order: x0 with the sigma it is given, all else with sigmas in float64."""
+    x0 = latents - exact.sigma_pair(sigmas, index)[0] * model_output
+    here, there = exact.sigma_pair(sigmas.to(torch.float64), index)
+    kept = there**2 * (1 - here) ** 2 / (here**2 * (1 - there) ** 2)
+    std = eta * there * torch.sqrt(1.0 - kept)
+    x1 = (latents - (1 - here) * x0) / here
+    return exact.Moments((1 - there) * x0 + torch.sqrt(there**2 - std**2) * x1, std, x0)
+
+
 def _step(
     model_output: Tensor,
     latents: Tensor,
@@ -142,7 +190,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = step(
         model_output, latents, rows(table, index, len(latents)), prev_sample=prev_sample,
-        generator=generator, deterministic=eta == 0 and generator is None, mean=False,
+        generator=None if eta == 0 else generator, deterministic=eta == 0, mean=False,
     )  # fmt: skip
     assert out.x0 is not None and out.log_prob is not None
     return out.prev_sample, out.x0, out.log_prob

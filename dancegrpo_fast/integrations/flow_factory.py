@@ -14,7 +14,8 @@ numbers. By timestep alone they are looked up.
 
 Differences that can be seen: only what is asked for is computed, so the trainers that want
 `noise_pred` alone pay for nothing; a step without noise draws none, and its log-prob is 0 where the
-original's is NaN; integer timesteps, which are indices, give no warning.
+original's is NaN; integer timesteps, which are indices, give no warning. `exact_order=True` has
+the original's bits.
 
 Written against commit a0b2bc5a (2026-05-02; torch >= 2.6).
 """
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.integrations import common
+from dancegrpo_fast.integrations import common, exact
 from dancegrpo_fast.integrations.common import (
     Generators,
     flow_table,
@@ -64,6 +65,8 @@ def step(
     ),
     dynamics_type: str | None = None,
     sigma_max: float | None = None,
+    *,
+    exact_order: bool = False,
 ) -> Any:  # fmt: skip
     """One sampler step; the host's signature and results.
 
@@ -87,6 +90,8 @@ def step(
         return_kwargs: What is wanted; other names are left out, as there.
         dynamics_type: "Flow-SDE", "Dance-SDE", "CPS" or "ODE"; None: the scheduler's.
         sigma_max: In place of sigma = 1 in Flow-SDE's denominator; None: the second sigma.
+        exact_order: The original's order of operations in plain torch (slow): its bits, also those
+            of the noise; all results are computed, whatever is asked for.
 
     Returns:
         `SDESchedulerOutput`, or (next_latents, next_latents_mean, noise_pred, log_prob, std_dev_t,
@@ -103,34 +108,55 @@ def step(
     found: dict[str, Tensor] = {}
     if "noise_pred" in wanted:
         found["noise_pred"] = noise_pred.float()
-    if wanted.intersection(_TUPLE) - {"noise_pred"}:
-        dynamics = dynamics_type or self.dynamics_type
-        if dynamics not in _DYNAMICS:
-            raise ValueError(
-                f"dynamics_type = {dynamics!r}: must be one of {', '.join(_DYNAMICS)}"
-            )
-        level = 0.0 if self.is_eval or dynamics == "ODE" else noise_level
-        row, dt, still = _rows(self, timestep, timestep_next, level, dynamics, sigma_max, latents)
-        found |= _statistics(row, dt, dynamics, latents, wanted)
-        if wanted.intersection(("next_latents", "log_prob")):
-            out = common.step(
-                noise_pred, latents, row, prev_sample=next_latents, deterministic=still,
-                generator=None if still else generator, x0=False,
-                log_prob="log_prob" in wanted, mean="next_latents_mean" in wanted,
-                latent_dtype=None if dynamics == "ODE" else latents.dtype,
-            )  # fmt: skip
-            drawn = {
-                "next_latents": out.prev_sample.float(),
-                "next_latents_mean": out.mean,
-                "log_prob": out.log_prob,
-            }
-            found |= {k: v for k, v in drawn.items() if k in wanted and v is not None}
-        elif "next_latents_mean" in wanted:
-            found["next_latents_mean"] = transition_mean(noise_pred, latents, row)
+    dynamics = dynamics_type or self.dynamics_type
+    if dynamics not in _DYNAMICS:
+        raise ValueError(f"dynamics_type = {dynamics!r}: must be one of {', '.join(_DYNAMICS)}")
+    level = 0.0 if self.is_eval or dynamics == "ODE" else noise_level
+    args = (
+        self, noise_pred, timestep, latents, next_latents, timestep_next, generator, level,
+        dynamics, sigma_max,
+    )  # fmt: skip
+    if exact_order:
+        found |= {name: value for name, value in _exact_step(*args).items() if name in wanted}
+    elif wanted.intersection(_TUPLE) - {"noise_pred"}:
+        found |= _fused_step(*args, wanted)
     if not return_dict:
         return tuple(found.get(name) for name in _TUPLE)
     host = importlib.import_module("flow_factory.scheduler.abc")
     return host.SDESchedulerOutput(**found)
+
+
+def _fused_step(
+    self: Any,
+    noise_pred: Tensor,
+    timestep: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor | None,
+    timestep_next: float | Tensor | None,
+    generator: Generators,
+    level: float | Tensor | None,
+    dynamics: str,
+    sigma_max: float | None,
+    wanted: set[str],
+) -> dict[str, Tensor]:
+    row, dt, still = _rows(self, timestep, timestep_next, level, dynamics, sigma_max, latents)
+    found = _statistics(row, dt, dynamics, latents, wanted)
+    if wanted.intersection(("next_latents", "log_prob")):
+        out = common.step(
+            noise_pred, latents, row, prev_sample=next_latents, deterministic=still,
+            generator=None if still else generator, x0=False,
+            log_prob="log_prob" in wanted, mean="next_latents_mean" in wanted,
+            latent_dtype=None if dynamics == "ODE" else latents.dtype,
+        )  # fmt: skip
+        drawn = {
+            "next_latents": out.prev_sample.float(),
+            "next_latents_mean": out.mean,
+            "log_prob": out.log_prob,
+        }
+        found |= {k: v for k, v in drawn.items() if k in wanted and v is not None}
+    elif "next_latents_mean" in wanted:
+        found["next_latents_mean"] = transition_mean(noise_pred, latents, row)
+    return found
 
 
 def _rows(
@@ -168,6 +194,67 @@ def _rows(
         here, there, dynamics=kind, batch=batch, level=level, sigma_max=highest, device=device
     )
     return found, dt, still
+
+
+def _exact_step(
+    self: Any,
+    noise_pred: Tensor,
+    timestep: float | Tensor,
+    latents: Tensor,
+    next_latents: Tensor | None,
+    timestep_next: float | Tensor | None,
+    generator: Generators,
+    level: float | Tensor | None,
+    dynamics: str,
+    sigma_max: float | None,
+) -> dict[str, Tensor]:
+    """All that the original returns but noise_pred."""
+    v, x = noise_pred.float(), latents.float()
+    if timestep_next is None:
+        index = _index(self, timestep)
+        sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
+    else:
+        sigma, sigma_next = timestep / 1000, timestep_next / 1000
+    if level is None:
+        level = self.get_noise_level_for_sigma(sigma)
+    highest = sigma_max or self.sigmas[1].item()
+    here, there, noise, high = (
+        per_sample(torch.as_tensor(value, device=x.device).float().reshape(-1).expand(len(x)), x)
+        for value in (sigma, sigma_next, level, highest)
+    )
+    moments, std_dev_t = _exact_moments(dynamics, v, x, here, there, noise, high)
+    if next_latents is not None:
+        stored = next_latents.float()
+    elif dynamics == "ODE":
+        stored = moments.mean
+    else:
+        stored = exact.draw(moments, common.randn(v, generator)).to(latents.dtype).float()
+    if dynamics == "ODE":
+        log_prob = torch.zeros(len(x), device=x.device)
+    else:
+        density = exact.square_log_prob if dynamics == "CPS" else exact.log_prob
+        log_prob = density(stored, moments)
+    return {
+        "next_latents": stored, "next_latents_mean": moments.mean, "log_prob": log_prob,
+        "std_dev_t": std_dev_t, "dt": there - here,
+    }  # fmt: skip
+
+
+def _exact_moments(
+    dynamics: str, v: Tensor, x: Tensor, here: Tensor, there: Tensor, level: Tensor, high: Tensor
+) -> tuple[exact.Moments, Tensor]:
+    """Moments and std_dev_t; all but v and x are [B, 1, ...]."""
+    if dynamics == "CPS":
+        moments = exact.cps(v, x, here, there, level)
+        return moments, torch.as_tensor(moments.std)
+    if dynamics == "Flow-SDE":
+        rate = exact.flow_rate(here, level, high)
+        return exact.reverse_sde(v, x, here, there, rate), rate
+    dt, x0 = there - here, x - here * v
+    if dynamics == "ODE":
+        return exact.Moments(x + v * dt, 0.0, x0), torch.zeros_like(here)
+    pull = 0.5 * level**2 * (x - x0 * (1 - here)) / here**2
+    return exact.Moments(x + (v + pull) * dt, level * torch.sqrt(-1 * dt), x0), level
 
 
 def _index(self: Any, timestep: float | Tensor) -> int | Tensor:

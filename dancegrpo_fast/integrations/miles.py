@@ -13,7 +13,8 @@ between; the reference enters as its velocity too. Trainers of before the backen
 
 Rollouts are SGLang's: the first ratio is 1 up to rounding, exactly 1 with
 `--diffusion-recompute-old-log-prob`. Later versions whose backends return a fifth field (2ccb4511)
-take the loss only; their `--diffusion-score-centering` is refused.
+take the loss only; their `--diffusion-score-centering` is refused. The steps take
+`exact_order=True`, which has the bits of Miles' own backends, for comparing.
 
 Written against commits cba30e02 (backends) and e72cc0a9 (loss), mid 2026.
 """
@@ -26,6 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from dancegrpo_fast.integrations import exact
 from dancegrpo_fast.integrations.common import (
     flow_table,
     noise_table,
@@ -59,6 +61,7 @@ class FusedSdeStepBackend:
         *,
         prev_sample: Tensor,
         noise_level: float,
+        exact_order: bool = False,
     ) -> Scored:
         """Scores recorded transitions; Miles' signature and results.
 
@@ -69,6 +72,7 @@ class FusedSdeStepBackend:
             sample: x, the same shape as v.
             prev_sample: x', the same shape.
             noise_level: a.
+            exact_order: Miles' own order of operations in plain torch (slow): its bits.
 
         Returns:
             (x', log_prob [B], mean, std_dev_t [B, 1, ...]), float32. For "sde" std_dev_t lacks
@@ -77,6 +81,11 @@ class FusedSdeStepBackend:
         Raises:
             ValueError: On the CPU, a timestep that is not in the schedule, or sigmas that rise.
         """
+        if exact_order:
+            return self._exact(
+                model_output.float(), timesteps, next_timesteps, sample.float(),
+                prev_sample.float(), noise_level,
+            )  # fmt: skip
         row, std_dev_t = _coefficients(
             self, self.sde_type, timesteps, next_timesteps, sample, noise_level
         )
@@ -85,11 +94,30 @@ class FusedSdeStepBackend:
         assert out.log_prob is not None and out.mean is not None
         return stored, out.log_prob, out.mean, per_sample(std_dev_t, sample)
 
+    def _exact(
+        self, v: Tensor, timesteps: Tensor, next_timesteps: Tensor, x: Tensor, y: Tensor, a: float
+    ) -> Scored:
+        sigmas = self.scheduler.sigmas
+        index = timestep_index(self.scheduler.timesteps, timesteps, second=True)
+        here, there = (per_sample(sigmas[i], x) for i in (index, index + 1))
+        rate = exact.flow_rate(here, a, sigmas[1].item())
+        moments = exact.reverse_sde(v, x, here, there, rate)
+        return y, exact.log_prob(y, moments), moments.mean, rate
+
 
 class FusedCpsStepBackend(FusedSdeStepBackend):
     """Coefficient-preserving sampling: `CpsSdeStepBackend`; log_prob = -mean((x' - mean)^2)."""
 
     sde_type = "cps"
+
+    def _exact(
+        self, v: Tensor, timesteps: Tensor, next_timesteps: Tensor, x: Tensor, y: Tensor, a: float
+    ) -> Scored:
+        divisor = float(self.sde_timestep_divisor)
+        here, there = (per_sample(t.float() / divisor, x) for t in (timesteps, next_timesteps))
+        moments = exact.cps(v, x, here, there, a, least=1e-12)
+        assert isinstance(moments.std, Tensor)
+        return y, exact.square_log_prob(y, moments), moments.mean, moments.std
 
 
 def sde_step_with_logprob(
@@ -99,11 +127,14 @@ def sde_step_with_logprob(
     sample: Tensor,
     prev_sample: Tensor,
     noise_level: float = 0.7,
+    *,
+    exact_order: bool = False,
 ) -> Scored:
     """The function of before the backends; its signature and results."""
     return FusedSdeStepBackend(scheduler).sde_step_logprob(
-        model_output, timestep, timestep, sample, prev_sample=prev_sample, noise_level=noise_level
-    )
+        model_output, timestep, timestep, sample, prev_sample=prev_sample,
+        noise_level=noise_level, exact_order=exact_order,
+    )  # fmt: skip
 
 
 def _coefficients(

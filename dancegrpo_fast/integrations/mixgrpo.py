@@ -158,16 +158,17 @@ def _exact_dance_step(
     grpo: bool,
     sde_solver: bool,
 ) -> tuple[Tensor, ...]:
-    here, there = exact.sigma_pair(sigmas, index, latents)
+    here, there = exact.sigma_pair(sigmas, index)
     moments = exact.dance_sde(model_output, latents, here, there, eta, sde_solver=sde_solver)
     if not grpo:
         return moments.mean, moments.x0
-    if prev_sample is None and sde_solver:
-        noise = torch.randn_like(moments.mean) * moments.std
-        prev_sample = moments.mean + noise
-    stored = moments.mean if prev_sample is None else prev_sample
-    distance = -((stored.detach().float() - moments.mean.float()) ** 2) / (2 * moments.std**2)
-    return stored, moments.x0, distance.mean(dim=tuple(range(1, distance.ndim)))
+    if prev_sample is None:
+        prev_sample = moments.mean
+        if sde_solver:
+            prev_sample = exact.draw(moments, torch.randn_like(prev_sample))
+    wide = moments._replace(mean=moments.mean.float())
+    log_prob = exact.log_prob(prev_sample.float(), wide, normaliser=False)
+    return prev_sample, moments.x0, log_prob
 
 
 def _rows(

@@ -12,7 +12,7 @@ Differences that can be seen: noise is float32, not of the dtype of the predicti
 0-d sigma are float32 though the prediction is bf16 (`exact_order=True` has the original's); where
 the noise is 0 and the original's log-prob infinite or NaN, it is 0.
 
-Written against commit 3e787f6d (2026-02-10). No code of it is used.
+Written against commit 3e787f6d (2026-02-10; torch 2.5.0). No code of it is used.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def flow_grpo_step(
             prev_sample = exact.draw(moments, noise)
         log_prob = exact.log_prob(prev_sample, moments)
         return _exact(prev_sample, log_prob, moments, there - here, return_stats)
-    args = (model_output, latents, eta, sigmas, index, prev_sample, generator)
-    return _step("flow", args, return_stats)
+    args = (model_output, latents, eta, sigmas, index, prev_sample)
+    return _step(*args, dynamics="flow", return_stats=return_stats, generator=generator)
 
 
 def dance_grpo_step(
@@ -121,7 +121,7 @@ def dance_grpo_step(
     """
     dynamics = "dance" if sde_solver else "euler_noise"
     if exact_order:
-        here, there = exact.sigma_pair(sigmas, index, latents)
+        here, there = exact.sigma_pair(sigmas, index)
         moments = exact.dance_sde(model_output, latents, here, there, eta, sde_solver=sde_solver)
         if not grpo:
             return moments.mean, moments.x0
@@ -134,8 +134,8 @@ def dance_grpo_step(
         table = flow_table(sigmas, dynamics=dynamics, level=eta, device=latents.device)
         row = rows(table, index, len(latents))
         return transition_mean(model_output, latents, row), x0_estimate(model_output, latents, row)
-    args = (model_output, latents, eta, sigmas, index, prev_sample, None)
-    return _step(dynamics, args, return_stats)
+    args = (model_output, latents, eta, sigmas, index, prev_sample)
+    return _step(*args, dynamics=dynamics, return_stats=return_stats)
 
 
 def compute_kl_loss(
@@ -167,8 +167,18 @@ def compute_kl_loss(
     return -transition_log_prob(prev_sample_mean, reference, reference, table).mean()
 
 
-def _step(dynamics: str, args: tuple[Any, ...], return_stats: bool) -> tuple[Tensor, ...]:
-    model_output, latents, eta, sigmas, index, prev_sample, generator = args
+def _step(
+    model_output: Tensor,
+    latents: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int | Tensor,
+    prev_sample: Tensor | None,
+    *,
+    dynamics: str,
+    return_stats: bool,
+    generator: Generators = None,
+) -> tuple[Tensor, ...]:
     options: Any = {"dynamics": dynamics, "level": eta, "device": latents.device}
     row = rows(flow_table(sigmas, **options), index, len(latents))
     out = step(

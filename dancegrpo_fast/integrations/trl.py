@@ -11,9 +11,9 @@ which the rollout (`pipeline_step`), the loss (`DDPOTrainer.calculate_loss`) and
 What is other than in the original: the timesteps are not copied to the CPU, for which the original
 waits six times a step; a drawn x' is rounded to the dtype of `sample` before its log-prob is taken,
 so the ratio of the first update is exactly 1 in half precision too; with eta = 0 the log-prob is 0
-instead of NaN; noise is drawn in float32.
+instead of NaN; noise is drawn in float32. `exact_order=True` has the original's bits.
 
-Written against commit bc13ae6d (2025).
+Written against commit bc13ae6d (2025; it names no torch).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.integrations.common import Generators, ddim_table, rows, step
+from dancegrpo_fast.integrations import exact
+from dancegrpo_fast.integrations.common import Generators, ddim_table, randn, rows, step
 from dancegrpo_fast.integrations.diffusers import check_affine
 from dancegrpo_fast.integrations.patching import Patch, install
 
@@ -51,6 +52,8 @@ def scheduler_step(
     use_clipped_model_output: bool = False,
     generator: Generators = None,
     prev_sample: Tensor | None = None,
+    *,
+    exact_order: bool = False,
 ) -> DDPOSchedulerOutput:
     """TRL's DDIM step; its signature and results.
 
@@ -62,9 +65,12 @@ def scheduler_step(
         timestep: Training timesteps: a number, 0-d or [B].
         sample: x, the same shape. If it requires a gradient (AlignProp), everything has one.
         eta: 0 to 1.
-        use_clipped_model_output: Changes nothing where nothing is clipped, and clipping is refused.
+        use_clipped_model_output: Changes nothing but the bits of exact_order, for clipping is
+            refused.
         generator: For x'.
         prev_sample: x', or None to draw it.
+        exact_order: The original's order of operations in plain torch (slow): its bits, also those
+            of the noise.
 
     Raises:
         ValueError: Both generator and prev_sample; a scheduler that clips its x0 estimate, whose
@@ -75,9 +81,20 @@ def scheduler_step(
     check_affine(self)
     if generator is not None and prev_sample is not None:
         raise ValueError("generator and prev_sample are both given: pass one of them")
+    stride = self.config.num_train_timesteps // self.num_inference_steps
+    prediction = self.config.prediction_type
+    if exact_order:
+        pair = exact.alpha_pair(self.alphas_cumprod, timestep, stride, sample)
+        moments = exact.ddim(
+            model_output, sample, *pair, eta, prediction, from_x0=use_clipped_model_output
+        )
+        if prev_sample is None:
+            noise = randn(model_output, generator, dtype=model_output.dtype)
+            prev_sample = exact.draw(moments, noise)
+        log_prob = exact.log_prob(prev_sample, moments)
+        return DDPOSchedulerOutput(prev_sample.to(sample.dtype), log_prob)
     table = ddim_table(
-        self.alphas_cumprod, stride=self.config.num_train_timesteps // self.num_inference_steps,
-        eta=eta, prediction=self.config.prediction_type, device=sample.device,
+        self.alphas_cumprod, stride=stride, eta=eta, prediction=prediction, device=sample.device,
         dtype=torch.float64 if sample.dtype == torch.float64 else torch.float32,
     )  # fmt: skip
     row = rows(table, timestep, len(sample))
@@ -86,12 +103,12 @@ def scheduler_step(
         model_output, sample, row, prev_sample=prev_sample, generator=generator, mean=through,
         x0=False, log_prob=not through, latent_dtype=sample.dtype,
     )  # fmt: skip
-    log_prob = out.log_prob
-    if log_prob is None:  # The fused log-prob has no gradient for x.
+    found = out.log_prob
+    if found is None:  # The fused log-prob has no gradient for x.
         assert out.mean is not None
         residual = (out.prev_sample.detach() - out.mean).flatten(1)
-        log_prob = row[:, 4] - row[:, 3] * residual.square().mean(1)
-    return DDPOSchedulerOutput(out.prev_sample.to(sample.dtype), log_prob)
+        found = row[:, 4] - row[:, 3] * residual.square().mean(1)
+    return DDPOSchedulerOutput(out.prev_sample.to(sample.dtype), found)
 
 
 PATCHES = (Patch("trl.models.modeling_sd_base", "scheduler_step", scheduler_step),)

@@ -9,18 +9,28 @@ Nothing is patched. UniRL builds the class from this line, calls `reset`, `init_
 `denoise`, and reads `canonical_name` (the name of the matching kernel in the SGLang engine); these
 four are what is here. Rollouts of SGLang and vLLM-Omni keep their own kernels: there only the
 replay is ours, and the first ratio is 1 up to rounding; with the trainer as engine it is exactly 1.
+`denoise(..., exact_order=True)` has the bits of UniRL's own strategy, for comparing.
 
 Written against commit 1a7b501e (2026-06-13), torch 2.11.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.integrations.common import flow_table, pair_rows, rows, step
+from dancegrpo_fast.integrations import exact
+from dancegrpo_fast.integrations.common import (
+    flow_table,
+    pair_rows,
+    per_sample,
+    randn,
+    rows,
+    step,
+)
 
 _NO_NOISE = 1e-7  # UniRL's limit: below it a step has no log-prob.
 
@@ -50,6 +60,7 @@ class _Strategy:
         prev_sample: Tensor | None = None,
         sigma_max: float | Tensor = 0.99,
         step_index: int = 0,
+        exact_order: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """One transition: `StepStrategy.denoise`, its signature and results.
 
@@ -63,6 +74,7 @@ class _Strategy:
                 numbers of a seed are UniRL's.
             sigma_max: For sigma = 1 in Flow-GRPO's SDE: the second sigma of the schedule.
             step_index: For multistep solvers.
+            exact_order: UniRL's own order of operations in plain torch (slow): its bits.
 
         Returns:
             (x', log_prob [B] or None for the ODE, mean), float32.
@@ -70,6 +82,8 @@ class _Strategy:
         Raises:
             ValueError: Shapes that do not fit; on the CPU, sigmas that rise or leave [0, 1].
         """
+        if exact_order:
+            return self._exact(noise_pred, sample, sigma, sigma_next, eta, prev_sample, sigma_max)
         noisy = eta >= _NO_NOISE
         kept = sample.dtype if noisy else torch.float32
         if prev_sample is not None:
@@ -81,6 +95,33 @@ class _Strategy:
         )  # fmt: skip
         assert out.mean is not None
         return out.prev_sample.float(), out.log_prob, out.mean
+
+    def _exact(
+        self,
+        noise_pred: Tensor,
+        sample: Tensor,
+        sigma: Tensor,
+        sigma_next: Tensor,
+        eta: float,
+        prev_sample: Tensor | None,
+        sigma_max: float | Tensor,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        v, x = noise_pred.float(), sample.float()
+        here, there = (per_sample(s.float(), x) for s in (sigma, sigma_next))
+        if self.canonical_name == "cps":
+            moments = exact.cps(v, x, here, there, eta)
+        else:
+            flow = self.canonical_name == "flow"
+            rate = exact.flow_rate(here, eta, sigma_max) if flow else eta
+            moments = exact.reverse_sde(v, x, here, there, rate)
+        stored = exact.draw(moments, randn(v)) if prev_sample is None else prev_sample
+        if eta < _NO_NOISE:
+            return stored.float(), None, moments.mean
+        stored = stored.to(sample.dtype).float()
+        if self.canonical_name == "cps":
+            return stored, exact.square_log_prob(stored, moments), moments.mean
+        log_prob = exact.log_prob(stored, moments, constant=0.5 * math.log(2 * math.pi))
+        return stored, log_prob, moments.mean
 
     def _rows(
         self,

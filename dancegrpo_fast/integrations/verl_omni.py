@@ -18,7 +18,7 @@ Where verl-omni looks timesteps up one by one (a wait for the device each), noth
 the metrics of the loss are tensors on the device, which verl's `Metric` takes and reads itself.
 With noise level 0, where the original's log-prob is NaN, it is 0.
 
-Written against commit a1139baf (2026-08-22), diffusers >= 0.37.1, torch 2.10 in its images.
+Written against commit a1139baf (2026-08-22), diffusers >= 0.37.1, torch 2.10 in its NPU images.
 """
 
 from __future__ import annotations
@@ -171,27 +171,16 @@ def _exact_step(
         std_dev_t = exact.flow_rate(here, level, sigmas[1])
         moments = exact.reverse_sde(*args, std_dev_t)
     else:
-        moments = exact.cps(*args, level) if sde_type == "cps" else _exact_dance(*args, level)
+        cps = sde_type == "cps"
+        moments = exact.cps(*args, level) if cps else exact.dance_sde(*args, level, tensor_std=True)
         std_dev_t = torch.as_tensor(moments.std)
     if prev_sample is None:
         prev_sample = exact.draw(moments, randn(model_output, generator))
     if sde_type == "cps":
         log_prob = exact.square_log_prob(prev_sample, moments)
-    elif normaliser:
-        log_prob = exact.log_prob(prev_sample, moments)
     else:
-        each = -((prev_sample.detach() - moments.mean) ** 2) / (2 * moments.std**2)
-        log_prob = each.mean(dim=tuple(range(1, each.ndim)))
+        log_prob = exact.log_prob(prev_sample, moments, normaliser=normaliser)
     return prev_sample, log_prob, moments.mean, std_dev_t, torch.sqrt(-1 * (there - here))
-
-
-def _exact_dance(
-    v: Tensor, x: Tensor, sigma: Tensor, sigma_next: Tensor, level: float
-) -> exact.Moments:
-    dt, x0 = sigma_next - sigma, x - sigma * v
-    score = -(x - x0 * (1 - sigma)) / (sigma**2)
-    mean = (x + dt * v) + (-0.5 * level**2 * score) * dt
-    return exact.Moments(mean, level * torch.sqrt(sigma - sigma_next), x0)
 
 
 # ------------------------------------------------------------------ the loss

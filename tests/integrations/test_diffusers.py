@@ -10,6 +10,7 @@ import torch
 from formulas import column, normal
 
 from dancegrpo_fast import NoiseKey, normal_batch
+from dancegrpo_fast.integrations import exact
 from dancegrpo_fast.integrations.diffusers import DDIMStep, FlowStep, add_step_with_log_prob
 
 diffusers = pytest.importorskip("diffusers")
@@ -123,6 +124,101 @@ def test_rollout_then_training_at_mixed_steps() -> None:
     number = float(scheduler.timesteps[1])
     again = scheduler.step_with_log_prob(m, number, x, noise_level=0.7, key=keys)
     assert torch.equal(again.prev_sample, by_timestep[0].prev_sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dynamics", ["flow", "dance", "cps"])
+def test_exact_order_without_noise_is_the_step_of_diffusers(
+    dynamics: str, dtype: torch.dtype
+) -> None:
+    m, wide = normal(*SHAPE, seed=1, dtype=dtype), normal(*SHAPE, seed=2, dtype=torch.float32)
+    for index in range(8):
+        scheduler, x = flow(), wide if index % 2 else wide.to(dtype)
+        t = scheduler.timesteps[index]
+        out = scheduler.step_with_log_prob(
+            m, t, x, noise_level=0.0, dynamics=dynamics, exact_order=True
+        )
+        stock = scheduler.step(m, t, x).prev_sample
+        assert out.prev_sample.dtype == torch.float32
+        assert torch.equal(out.prev_sample.to(dtype), stock)
+        assert torch.equal(out.mean, x.float() + scheduler.sigmas.diff()[index] * m)
+        assert torch.equal(out.mean, out.prev_sample) and not out.log_prob.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_exact_order_of_ddim_is_the_step_of_diffusers(
+    prediction: str, dtype: torch.dtype, eta: float
+) -> None:
+    scheduler = ddim(prediction)
+    m = normal(*SHAPE, seed=1, dtype=dtype)
+    x = normal(*SHAPE, seed=2, dtype=torch.float32)
+    for t in scheduler.timesteps[[0, 7, 19]]:
+        stock, own = (torch.Generator().manual_seed(3) for _ in range(2))
+        theirs = scheduler.step(m, t, x, eta=eta, generator=stock)
+        out = scheduler.step_with_log_prob(
+            m, t, x, eta=eta, generator=own if eta else None, exact_order=True
+        )
+        assert torch.equal(out.prev_sample, theirs.prev_sample)
+        assert torch.equal(out.x0, theirs.pred_original_sample.float())
+        again = scheduler.step_with_log_prob(
+            m, t, x, eta=eta, prev_sample=theirs.prev_sample, exact_order=True
+        )
+        assert torch.equal(again.log_prob, out.log_prob)
+        assert bool((out.log_prob == 0).all()) == (eta == 0)
+
+
+@pytest.mark.parametrize("dynamics", ["flow", "dance", "cps", "ddim"])
+def test_exact_order_with_noise(dynamics: str) -> None:
+    """Euler's step, then the pull, or CPS'; the fused step up to rounding, with its gradient."""
+    scheduler = ddim() if dynamics == "ddim" else flow()
+    how: Any = {"eta": 0.7} if dynamics == "ddim" else {"noise_level": 0.7, "dynamics": dynamics}
+    m = normal(*SHAPE, seed=1, dtype=torch.float32).requires_grad_()
+    x = normal(*SHAPE, seed=2, dtype=torch.float32)
+    keys = [NoiseKey.from_seed(3).fold_in(n).draw() for n in range(2)]
+    for index in (0, 3):
+        t = scheduler.timesteps[index]
+        both = [
+            scheduler.step_with_log_prob(m, t, x, key=keys, exact_order=bits, **how)
+            for bits in (True, False)
+        ]
+        for a, b in zip(*both, strict=True):
+            # Roundings of float32 numbers up to 16 (the x0 estimate of DDIM's first step).
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=8e-6)
+        one, other = (torch.autograd.grad(s.log_prob.sum() + s.x0.sum(), m)[0] for s in both)
+        assert (one - other).abs().max() <= 2e-5 * other.abs().max()
+        replay = scheduler.step_with_log_prob(
+            m, t, x, prev_sample=both[0].prev_sample.detach(), exact_order=True, **how
+        )
+        assert torch.equal(replay.log_prob, both[0].log_prob)
+        if dynamics in ("flow", "dance"):
+            s, after = scheduler.sigmas[index], scheduler.sigmas[index + 1]
+            g = exact.flow_rate(s, 0.7, scheduler.sigmas[1]) if dynamics == "flow" else 0.7
+            score = -(x - (x - s * m) * (1 - s)) / s**2
+            mean = (x + (after - s) * m) + -0.5 * g**2 * score * (after - s)
+            assert torch.equal(replay.mean, mean)
+    with pytest.raises(ValueError, match="generator and key are both given"):
+        scheduler.step_with_log_prob(
+            m, t, x, key=keys, generator=torch.Generator(), exact_order=True, **how
+        )
+    with pytest.raises(ValueError, match="exact_order = True: the host has one index"):
+        scheduler.step_with_log_prob(m, scheduler.timesteps[[1, 6]], x, exact_order=True, **how)
+    if dynamics == "cps":
+        # Its last step has no noise, but a generator is welcome, as in the fused step.
+        last = scheduler.timesteps[7], x
+        two = [
+            scheduler.step_with_log_prob(
+                m, *last, generator=torch.Generator().manual_seed(1), exact_order=bits, **how
+            )
+            for bits in (True, False)
+        ]
+        torch.testing.assert_close(two[0].prev_sample, two[1].prev_sample, rtol=0, atol=8e-6)
+        assert not two[0].log_prob.any() and not two[1].log_prob.any()
+        with pytest.raises(ValueError, match="dynamics = 'ode': must be 'flow'"):
+            scheduler.step_with_log_prob(
+                m, scheduler.timesteps[1], x, noise_level=0.7, dynamics="ode", exact_order=True
+            )
 
 
 def test_classes_and_refusals() -> None:

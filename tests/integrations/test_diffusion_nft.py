@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dancegrpo_fast import dance_schedule
 from dancegrpo_fast.integrations import diffusion_nft as nft
-from dancegrpo_fast.integrations import exact
 
 SIGMAS = torch.tensor(dance_schedule(8, 3.0).sigmas, dtype=torch.float32)
 SHAPES = [(3, 40, 8), (3, 4, 6, 5), (3, 2, 3, 4, 5)]
@@ -254,26 +253,13 @@ def test_loss_refuses() -> None:
 # ------------------------------------------------------------------ what it costs
 
 
-def exact_call(kind: str, m: Tensor, x: Tensor, index: Any, y: Tensor | None) -> Tensor:
-    """The step in everybody's order of operations; the log-prob."""
-    here, there = SIGMAS[index], SIGMAS[index + 1]
-    if kind == "dance":
-        moments = exact.dance_sde(m, x, here, there, 0.3)
-    else:
-        rate = exact.flow_rate(here, 0.7, SIGMAS[1].item())
-        moments = exact.reverse_sde(m, x, here, there, rate)
-    drawn = exact.draw(moments, torch.randn_like(m)) if y is None else y
-    return exact.log_prob(drawn, moments)
-
-
 def profiled(kind: str, train: bool) -> Callable[[bool], Callable[[], object]]:
     m, x = inputs((3, 40, 8), torch.float32)
     y = x + 0.1 if train else None
 
     def run(exact: bool) -> object:
         with torch.set_grad_enabled(train):
-            args = kind, m, x, 3, y
-            log_prob = exact_call(*args) if exact else call(*args)[2]
+            log_prob = call(kind, m, x, 3, y, exact_order=exact)[2]
         return torch.autograd.grad(log_prob.sum(), m) if train else log_prob
 
     return lambda exact: lambda: run(exact)

@@ -15,7 +15,6 @@ from formulas import normal
 from stand_ins import packages
 from torch import Tensor
 
-from dancegrpo_fast.integrations import exact
 from dancegrpo_fast.integrations.trl import PATCHES, scheduler_step
 
 SHAPE = (3, 4, 6, 5)
@@ -205,20 +204,16 @@ def test_call_sites(tmp_path: Path, counts: Callable[..., Any], dtype: torch.dty
 # ------------------------------------------------------------------ counts
 
 
-def trl_order(host: Any, m: Tensor, t: Tensor, x: Tensor) -> exact.Moments:
-    """The original's order; that it copies to the CPU is not seen on a CPU."""
-    pair = (host.alphas_cumprod.gather(0, i) for i in (t, (t - 20).clamp(0, 999)))
-    return exact.ddim(m, x, *(alpha.reshape(-1, 1, 1, 1) for alpha in pair), 1.0)
-
-
 def test_no_worse_than_the_host() -> None:
     shape, t = (64, 4, 6, 5), torch.arange(981, 0, -20)[torch.arange(64) % 50]
     host = scheduler()
     m, x = (normal(*shape, seed=s, dtype=torch.float32) for s in (1, 2))
     mean, std = oracle(host, m.double(), x.double(), t, 1.0, "epsilon")
     y = (mean + std * normal(*shape, seed=3)).float()
-    ours = scheduler_step(host, m, t, x, eta=1.0, prev_sample=y).log_probs
-    theirs = exact.log_prob(y, trl_order(host, m, t, x))
+    ours, theirs = (
+        scheduler_step(host, m, t, x, eta=1.0, prev_sample=y, exact_order=exact).log_probs
+        for exact in (False, True)
+    )
     formulas.assert_no_worse(ours, theirs, formulas.log_density(y.double(), mean, std))
 
 
@@ -227,18 +222,12 @@ def _call(train: bool) -> Callable[[bool], Callable[[], None]]:
         host, t = scheduler(), torch.tensor([981, 1, 501])
         m, x, y = (normal(*SHAPE, seed=s, dtype=torch.float32) for s in (1, 2, 3))
         m.requires_grad_(train)
+        prev = y if train else None
 
-        def theirs() -> Tensor:
-            moments = trl_order(host, m, t, x)
-            stored = y if train else exact.draw(moments, torch.randn(SHAPE))
-            return exact.log_prob(stored, moments)
-
-        def ours() -> Tensor:
-            prev = y if train else None
-            return scheduler_step(host, m, t, x, eta=1.0, prev_sample=prev).log_probs
-
-        def run() -> None:
-            log_prob = theirs() if before else ours()
+        def run() -> None:  # That TRL copies timesteps to the CPU is not seen on a CPU.
+            log_prob = scheduler_step(
+                host, m, t, x, eta=1.0, prev_sample=prev, exact_order=before
+            ).log_probs
             if train:
                 log_prob.sum().backward()
 

@@ -12,7 +12,7 @@ from formulas import normal
 from torch import Tensor
 
 from dancegrpo_fast import dance_schedule
-from dancegrpo_fast.integrations import exact, unirl
+from dancegrpo_fast.integrations import unirl
 
 SCHEDULE = torch.tensor(dance_schedule(8, 3.0).sigmas, dtype=torch.float32)
 SHAPES = [(3, 40, 8), (3, 4, 6, 5), (3, 2, 3, 4, 5)]
@@ -215,26 +215,22 @@ def test_rollout_and_replay(
 # ------------------------------------------------------------------ counts
 
 
-def unirl_order(v: Tensor, x: Tensor, sigma: Tensor, after: Tensor, high: Any) -> exact.Moments:
-    """The original's order for Flow-GRPO's SDE."""
-    here, there = (s.reshape(-1, *(1 for _ in x.shape[1:])) for s in (sigma, after))
-    return exact.reverse_sde(v, x, here, there, exact.flow_rate(here, 0.7, high))
-
-
 def test_no_worse_than_the_host() -> None:
     shape, index = (64, 4, 6, 5), torch.arange(64) % 8
     sigma, after, high = SCHEDULE[index], SCHEDULE[index + 1], float(SCHEDULE[1])
     v, x = (normal(*shape, seed=s, dtype=torch.float32) for s in (1, 2))
     mean, std = oracle("flow", v.double(), x.double(), sigma, after, 0.7, high)
     y = (mean + std * normal(*shape, seed=3)).float()
-    _, log_prob, found = unirl.FlowSDEStrategy().denoise(
-        v, x, sigma, after, eta=0.7, prev_sample=y, sigma_max=high
+    ours, theirs = (
+        unirl.FlowSDEStrategy().denoise(
+            v, x, sigma, after, eta=0.7, prev_sample=y, sigma_max=high, exact_order=exact
+        )
+        for exact in (False, True)
     )
-    assert log_prob is not None
-    theirs = unirl_order(v, x, sigma, after, high)
-    formulas.assert_no_worse(found, theirs.mean, mean)
+    formulas.assert_no_worse(ours[2], theirs[2], mean)
     true = formulas.log_density(y.double(), mean, std)
-    formulas.assert_no_worse(log_prob, exact.log_prob(y, theirs), true)
+    assert ours[1] is not None and theirs[1] is not None
+    formulas.assert_no_worse(ours[1], theirs[1], true)
 
 
 def _call(train: bool) -> Callable[[bool], Callable[[], None]]:
@@ -244,21 +240,13 @@ def _call(train: bool) -> Callable[[bool], Callable[[], None]]:
         prev, strategy = (y if train else None), unirl.FlowSDEStrategy()
         sigma, after, high = SCHEDULE[2], SCHEDULE[3], SCHEDULE[1]
 
-        def theirs() -> Tensor:
-            moments = unirl_order(v, x, sigma, after, high)
-            stored = exact.draw(moments, torch.randn(SHAPES[1])) if prev is None else prev
-            return exact.log_prob(stored, moments)
-
-        def ours() -> Tensor:
-            _, log_prob, _ = strategy.denoise(
-                v, x, sigma, after, eta=0.7, prev_sample=prev, sigma_max=high
-            )
-            assert log_prob is not None
-            return log_prob
-
         def run() -> None:
             with torch.set_grad_enabled(train):
-                log_prob = theirs() if before else ours()
+                _, log_prob, _ = strategy.denoise(
+                    v, x, sigma, after, eta=0.7, prev_sample=prev, sigma_max=high,
+                    exact_order=before,
+                )  # fmt: skip
+                assert log_prob is not None
                 if train:
                     log_prob.sum().backward()
 
