@@ -11,18 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from dancegrpo_fast.config import UserError
+from dancegrpo_fast.config import CheckpointConfig, UserError
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
 
@@ -64,30 +67,149 @@ def collect(
     return tensors
 
 
-def save(folder: Path, snapshot: Snapshot, world: World, keep: int) -> None:
-    """Write `folder/iteration-NNNNNN` and remove all but the newest `keep` snapshots."""
-    final = folder / f"iteration-{snapshot.iteration:06d}"
-    partial = folder / f"{final.name}.partial"
-    if world.is_main:
-        for stale in (final, partial):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir(parents=True)
-    world.barrier()
-    with warnings.catch_warnings():
+class Saver:
+    """Writes snapshots, in the background if the recipe says so.
+
+    A snapshot is written under a temporary name by all processes; `finish` waits for it, writes its
+    manifest, renames it and removes what is no longer kept. `save` finishes the one before. All
+    processes call both at the same places.
+
+    Attributes:
+        failures: Snapshots that could not be written.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
+        self.folder, self.config, self.world = folder, config, world
+        self.failures = 0
+        # Its own group: a snapshot's exchanges must not meet those of the next iteration.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._pending: tuple[Snapshot, Future[Any] | None, str] | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Begin to write `folder/iteration-NNNNNN`; tensors may change once this returns."""
+        self.finish()
+        final = self.folder / f"iteration-{snapshot.iteration:06d}"
+        partial = self.folder / f"{final.name}.partial"
+        problem = ""
+        if self.world.is_main:
+            try:
+                for stale in (final, partial):
+                    shutil.rmtree(stale, ignore_errors=True)
+                partial.mkdir(parents=True)
+            except OSError as error:
+                problem = str(error)
+        if problem := self._problem_anywhere(problem):
+            self._pending = snapshot, None, problem
+            return self.finish()
+        options: dict[str, Any] = {"checkpoint_id": str(partial), "process_group": self._group}
+        alone = self.world.size == 1
+        future: Future[Any] | None = None
+        # Said by the writing thread, too late for a filter around this call.
         warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single.*")
-        dcp.save(dict(snapshot.tensors), checkpoint_id=str(partial), no_dist=world.size == 1)
-    world.barrier()
-    if world.is_main:
+        try:
+            if self.config.background:
+                future = dcp.async_save(dict(snapshot.tensors), **options, no_dist=alone)
+            else:
+                dcp.save(dict(snapshot.tensors), **options, no_dist=alone)
+        except (OSError, dcp.CheckpointException) as error:
+            problem = _reason(error)
+        self._pending = snapshot, future, problem
+        if not self.config.background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the snapshot that is being written, if any.
+
+        Raises:
+            UserError: It could not be written and `checkpoint.on_failure` is stop.
+        """
+        if self._pending is None:
+            return
+        snapshot, future, problem = self._pending
+        self._pending = None
+        if future is not None:
+            try:
+                future.result()
+            except (OSError, dcp.CheckpointException) as error:
+                problem = _reason(error)
+        final = self.folder / f"iteration-{snapshot.iteration:06d}"
+        partial = self.folder / f"{final.name}.partial"
+        problem = self._problem_anywhere(problem)
+        if self.world.is_main and not problem:
+            try:
+                self._complete(snapshot, partial, final)
+            except OSError as error:
+                problem = str(error)
+        if problem := self._problem_anywhere(problem):
+            self._fail(snapshot, partial, problem)
+
+    def _complete(self, snapshot: Snapshot, partial: Path, final: Path) -> None:
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
             for path in sorted(partial.iterdir())
         }
         manifest = {"iteration": snapshot.iteration, "extra": snapshot.extra, "files": files}
         (partial / _MANIFEST).write_text(json.dumps(manifest))
+        for path in partial.iterdir():
+            _flush(path)
         partial.rename(final)
-        for old in _complete(folder)[:-keep]:
+        _flush(self.folder)
+        every = self.config.keep_every
+        passing = [
+            path for path in _complete(self.folder) if not every or _iteration_of(path) % every
+        ]
+        for old in passing[: -self.config.keep]:
             shutil.rmtree(old)
-    world.barrier()
+
+    def _fail(self, snapshot: Snapshot, partial: Path, problem: str) -> None:
+        self.failures += 1
+        if self.world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        saved = [_iteration_of(path) for path in _complete(self.folder)]
+        newest = f"the newest snapshot holds {saved[-1]}" if saved else "there is no snapshot"
+        message = (
+            f"checkpoint: iteration {snapshot.iteration} could not be saved in {self.folder} "
+            f"({problem}); {newest}"
+        )
+        if self.config.on_failure == "stop":
+            raise UserError(f"{message}; make room and continue with --resume latest")
+        logger.error("%s; the run goes on (checkpoint.on_failure = continue)", message)
+
+    def _problem_anywhere(self, mine: str) -> str:
+        """The first process's problem that has one, on all processes."""
+        if self.world.size == 1:
+            return mine
+        problems: list[bytes] = [b""] * self.world.size
+        text = torch.zeros(200, dtype=torch.uint8)
+        raw = mine.encode(errors="replace")[:200]
+        text[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
+        parts = [torch.empty_like(text) for _ in problems]
+        dist.all_gather(parts, text, group=self._group)
+        for rank, part in enumerate(parts):
+            if said := bytes(part.tolist()).rstrip(b"\0").decode(errors="replace"):
+                return f"process {rank}: {said}"
+        return ""
+
+
+def _reason(error: BaseException) -> str:
+    """One line of what went wrong on this or another process."""
+    inner = getattr(error, "failures", None)
+    if inner:  # DCP wraps every process's exception.
+        error = next(iter(inner.values()))[0]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:180]
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file or a folder before it gets its final name."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _iteration_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("iteration-"))
 
 
 def load(folder: Path, tensors: dict[str, Tensor], world: World) -> Snapshot | None:

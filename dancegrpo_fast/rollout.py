@@ -91,6 +91,7 @@ def draw_trees(
     latent_dtype: str = "float32",
     forwards: Sequence[int] | None = None,
     progress: Callable[[int], object] = lambda count: None,
+    at_step: Callable[[], object] = lambda: None,
 ) -> Trajectories:
     """Draw this rank's part of P trees.
 
@@ -108,6 +109,7 @@ def draw_trees(
         forwards: [steps] forwards that every rank makes at each step (`forwards_per_step`); a rank
             with fewer repeats its last. None: each makes what it needs.
         progress: Called with the number of states after each forward.
+        at_step: Called before each denoising step.
     """
     leaves = [(int(p), int(g)) for p, g in np.argwhere(owner == rank)]
     held = held_states(plan, leaves)
@@ -117,6 +119,7 @@ def draw_trees(
     kinds = conditions.kinds
     front = _draw_roots(family, plan, held, keys, conditions, DTYPES[latent_dtype])
     for step in range(plan.schedule.steps):
+        at_step()
         drawn.keep(front)
         following: dict[Place, Tensor] = {}
         made = 0

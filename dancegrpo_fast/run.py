@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import signal
+import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -20,6 +20,8 @@ from dancegrpo_fast import checkpoint
 from dancegrpo_fast.config import Interrupted, RunConfig, UserError, dump, load_config
 from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.models import export
+from dancegrpo_fast.lock import FolderLock
+from dancegrpo_fast.parallel.stopping import SOON, StopRequested
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.report.evaluate import Difference, Evaluation, evaluate
@@ -40,17 +42,29 @@ def train(config: RunConfig, *, resume: bool = False) -> Path | None:
         UserError: Anything in the recipe that does not fit, before work is done.
         Interrupted: SIGINT or SIGTERM; the run continues with --resume latest.
     """
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     world = World.from_environment(config.parallel)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    lock = FolderLock(Path(config.output), world)
     run: _Run | None = None
     try:
-        run = _Run(config, world, resume)
-        return run.to_end()
+        if restarts and not resume:
+            logger.warning("torchrun restart %d: resuming from the newest snapshot", restarts)
+        run = _Run(config, world, resume or restarts > 0, fresh_is_fine=restarts > 0)
+        with run.trainer.stopping.listening():
+            try:
+                return run.to_end()
+            except StopRequested:
+                raise Interrupted(run.abandon()) from None
     except KeyboardInterrupt:
-        message = run.abandon() if run else "interrupted while loading; start again"
-        raise Interrupted(message) from None
+        at = run.trainer.saved_iterations() if run else []
+        kept = f"the newest snapshot holds {at[-1]}" if at else "there is no snapshot yet"
+        raise Interrupted(f"{config.output}: interrupted at once; {kept}") from None
+    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+        if world.size > 1 and _is_lost_peer(error):
+            raise UserError(_lost_peer_message(config, world, run, error)) from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        lock.release()
         world.close()
 
 
@@ -70,7 +84,9 @@ def restore(folder: Path) -> Trainer:
 
 
 class _Run:
-    def __init__(self, config: RunConfig, world: World, resume: bool) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, resume: bool, *, fresh_is_fine: bool = False
+    ) -> None:
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.held_out: tuple[Prompt, ...] = ()
         if config.evaluation.prompts:
@@ -80,7 +96,7 @@ class _Run:
         self.trainer = Trainer(config, world)
         if resume and not self.trainer.resume():
             begun = (self.folder / "metrics.jsonl").is_file()
-            if not begun or self.trainer.saved_iterations():
+            if (not begun and not fresh_is_fine) or self.trainer.saved_iterations():
                 raise UserError(
                     f"--resume latest: {self.trainer.snapshots} holds no usable snapshot; start "
                     "the run without --resume"
@@ -102,6 +118,7 @@ class _Run:
         with self.log or nullcontext(), logging_redirect_tqdm():
             self._evaluate_base()
             self._iterate()
+            self.trainer.stopping.settle()
             final = self.folder / "final"
             started = time.perf_counter()
             export(self.trainer.family, self.trainer.policy, final, main=self.world.is_main)
@@ -122,27 +139,47 @@ class _Run:
         with bar:
             while trainer.done < config.iterations:
                 metrics = trainer.iteration()
+                trainer.saver.finish()  # Begun before this iteration: it had all of it to be done.
                 self._log_iteration(metrics, bar)
                 last = trainer.done == config.iterations
                 if last or trainer.done % config.checkpoint.every == 0:
                     started = time.perf_counter()
                     trainer.save()
+                    if last:
+                        trainer.saver.finish()
                     self._spend("snapshot", started)
                 every = config.evaluation.every
                 if every and trainer.done % every == 0 and not last:
                     self._evaluate_now()
+                trainer.stopping.ask(until=SOON)
 
     def abandon(self) -> str:
-        """Leave the run; an iteration's start is saved where the weights still are its start's."""
+        """Leave the run, all processes at one place.
+
+        The start of an iteration is saved where the weights still are its start's: between
+        iterations, in the rollout and while scoring. In a begun update phase they are not.
+        """
         trainer = self.trainer
-        if self.world.size == 1 and trainer.current in ("sample", "score"):
+        trainer.stopping.settle()
+        trainer.saver.finish()
+        if trainer.current != "update" and trainer.done not in trainer.saved_iterations()[-1:]:
             trainer.save()
+            trainer.saver.finish()
         saved = trainer.saved_iterations()
+        why = trainer.stopping.told_by or "another process's signal"
         if not saved:
-            return f"{self.folder}: interrupted before a snapshot; --resume latest starts again"
+            return (
+                f"{self.folder}: interrupted by {why} before a snapshot; --resume latest starts "
+                "again"
+            )
+        late = (
+            "; the grace period ended inside an update phase, which is lost"
+            if trainer.current == "update"
+            else ""
+        )
         return (
-            f"{self.folder}: interrupted after {trainer.done} iterations; the newest snapshot "
-            f"holds {saved[-1]}; continue with --resume latest"
+            f"{self.folder}: interrupted by {why} after {trainer.done} iterations{late}; the "
+            f"newest snapshot holds {saved[-1]}; continue with --resume latest"
         )
 
     def _log_iteration(self, metrics: dict[str, float], bar: tqdm) -> None:
@@ -279,5 +316,24 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone or does not answer."""
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("gloo", "nccl", "timed out", "connection closed"))
+
+
+def _lost_peer_message(
+    config: RunConfig, world: World, run: _Run | None, error: RuntimeError
+) -> str:
+    where = "while loading"
+    if run is not None:
+        stage = run.trainer.current or "between iterations"
+        where = f"in iteration {run.trainer.done} ({stage})"
+    return (
+        f"{config.output}: process {world.rank} got no answer from the others {where}: "
+        f"{' '.join(str(error).split())[:200]}; a process died or hangs (its own output says "
+        f"more), or needs longer than parallel.timeout_seconds = "
+        f"{config.parallel.timeout_seconds:g}; continue with --resume latest"
+    )

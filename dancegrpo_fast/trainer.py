@@ -30,6 +30,7 @@ from dancegrpo_fast.models import Conditions, open_family
 from dancegrpo_fast.models.embeddings import Embeddings, embeddings_folder
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.networks import assemble, base_weights
+from dancegrpo_fast.parallel.stopping import NOW, SOON, Stopping
 from dancegrpo_fast.parallel.world import World, scorers
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import load_rewards
@@ -78,6 +79,8 @@ class Trainer:
         adapter_key = self.key.fold_in(Role.ADAPTER)
         self.policy, self.engine = assemble(config, self.family, world, adapter_key)
         self.updater = Updater(config, self.family, self.policy, self.engine, world)
+        self.stopping = Stopping(world, config.checkpoint.grace_seconds)
+        self.saver = checkpoint.Saver(self.snapshots, config.checkpoint, world)
         self.running = RunningRewards(config.advantage.running_window)
         self.done = 0
         self.seconds: dict[str, float] = {}
@@ -148,10 +151,12 @@ class Trainer:
                 latent_dtype=rollout.latent_dtype,
                 forwards=forwards,
                 progress=bar.update,
+                at_step=lambda: self.stopping.ask(until=SOON),
             )
 
     def score(self, drawn: Trajectories, prompts: Sequence[Prompt]) -> np.ndarray:
         """Decode and score this rank's samples; returns every rank's rewards [P, G, R]."""
+        self.stopping.ask(until=SOON)
         leaves = [leaf for leaf in drawn.leaves if self.scorer[leaf] == self.world.rank]
         texts = [prompts[p].text for p, _ in leaves]
         with self.bar("score", len(texts)) as bar:
@@ -169,7 +174,8 @@ class Trainer:
         rewards = self.world.gather_rewards(own.values, self.scorer)
         for column, reward in enumerate(self.config.rewards):
             if reward.weight and not np.isfinite(rewards[..., column]).any():
-                self.save()  # Every rank holds the same rewards: all of them come here.
+                self.save()
+                self.saver.finish()  # Every rank holds the same rewards: all of them come here.
                 raise UserError(
                     f"rewards.{column}.name = {reward.name!r}: all {self.owner.size} samples of "
                     f"iteration {self.done} failed ({own.first_error or 'it returned NaN'}); the "
@@ -231,8 +237,13 @@ class Trainer:
     ) -> dict[str, float]:
         """Run the update schedule."""
         with self.bar("update", sum(len(update.calls) for update in updates)) as bar:
+
+            def after_call(count: int) -> None:
+                bar.update(count)
+                self.stopping.ask(until=NOW)  # A begun update phase is finished if time allows.
+
             return self.updater.run(
-                updates, drawn, conditions, advantages.weights, self.sampled_with, bar.update
+                updates, drawn, conditions, advantages.weights, self.sampled_with, after_call
             )
 
     def reward_metrics(self, rewards: np.ndarray, advantages: LeafAdvantages) -> dict[str, float]:
@@ -278,7 +289,7 @@ class Trainer:
         return sorted(int(folder.name.removeprefix("iteration-")) for folder in folders)
 
     def save(self) -> None:
-        """Write a snapshot of the last finished iteration."""
+        """Begin to write a snapshot of the last finished iteration; `saver.finish` waits for it."""
         tensors = checkpoint.collect(self.policy, self.engine.optimizers)
         extra = {
             "ema_updates": self.policy.ema_updates,
@@ -286,8 +297,7 @@ class Trainer:
             "seconds": self.seconds,
             "running": {str(p): h.tolist() for p, h in self.running.history.items()},
         }
-        snapshot = checkpoint.Snapshot(self.done, tensors, extra)
-        checkpoint.save(self.snapshots, snapshot, self.world, self.config.checkpoint.keep)
+        self.saver.save(checkpoint.Snapshot(self.done, tensors, extra))
 
     def resume(self) -> bool:
         """Continue from the newest undamaged snapshot; False if there is none."""

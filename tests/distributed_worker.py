@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,13 +22,13 @@ from tiny_models import tiny_config
 from torch.distributed.tensor import DTensor
 
 from dancegrpo_fast import rollout
-from dancegrpo_fast.config import RunConfig
+from dancegrpo_fast.config import ParallelConfig, RunConfig
 from dancegrpo_fast.losses.gate import RatioGateError
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.run import train
 from dancegrpo_fast.trainer import Trainer
 
-LIMIT = timedelta(seconds=60)  # A collective that another process never joins fails after this.
+LIMIT = 60.0  # A collective that another process never joins fails after this.
 TREE = "rollout.tree"
 
 
@@ -261,7 +260,7 @@ def gate_message(world: World, models: Path, folder: Path) -> str:
 def main(models: Path, out: Path) -> None:
     """Run every case, then a whole run, as one process of several."""
     torch.set_num_threads(1)
-    world = World.from_environment(timeout=LIMIT)
+    world = World.from_environment(ParallelConfig(timeout_seconds=LIMIT))
     for name in CASES:
         found = run_case(name, world, models, out / name)
         torch.save(found, out / f"{name}-{world.rank}.pt")

@@ -20,7 +20,7 @@ LEVELS: tuple[set[str], ...] = (
     {"schedules", "dynamics", "transitions"},
     {"policy", "batching", "tree", "trajectories", "advantages", "roles", "prompt"},
     {"rollout", "losses", "models", "rewards", "parallel", "checkpoint", "data", "report", "quiet"},
-    {"trainer", "updating", "run", "networks"},
+    {"trainer", "updating", "run", "networks", "lock"},
     {"cli"},
     {"__main__"},
 )
@@ -44,6 +44,7 @@ ARROWS = {
     ("trainer", "updating"),
     ("trainer", "networks"),
     ("run", "trainer"),
+    ("run", "lock"),
 }
 
 # Distributions whose modules have another name, and modules that come with another distribution.

@@ -195,14 +195,23 @@ def interrupted_at(monkeypatch, method: str, call: int, number=signal.SIGTERM) -
 
 
 @pytest.mark.parametrize(
-    ("method", "call", "newest"),
-    [("sample", 2, 1), ("score", 2, 1), ("update", 3, 2), ("save", 2, 2)],
+    ("method", "call", "grace", "newest"),
+    [
+        ("sample", 2, 60.0, 1),
+        ("score", 2, 60.0, 1),
+        ("update", 1, 60.0, 1),
+        ("update", 3, 0.0, 2),
+        ("save", 1, 60.0, 2),
+        ("save", 2, 60.0, 3),
+    ],
 )
 def test_interrupted_run_goes_on_exactly(
-    tmp_path, tiny_wan_folder, monkeypatch, whole, method, call, newest
+    tmp_path, tiny_wan_folder, monkeypatch, whole, method, call, grace, newest
 ):
-    """In rollout or scoring the start of the iteration is saved; in the update the last stands."""
-    config = tiny_config(tmp_path, tiny_wan_folder, STOPPED | {"checkpoint.every": 2})
+    """In rollout or scoring the start of the iteration is saved; a begun update is finished if the
+    grace period allows, else the last snapshot stands."""
+    changes = STOPPED | {"checkpoint.every": 2, "checkpoint.grace_seconds": grace}
+    config = tiny_config(tmp_path, tiny_wan_folder, changes)
     with monkeypatch.context() as patch:
         interrupted_at(patch, method, call)
         with pytest.raises(Interrupted, match="with --resume latest") as caught:
@@ -218,7 +227,7 @@ def test_run_stopped_before_its_first_snapshot_can_go_on(
     tmp_path, tiny_wan_folder, monkeypatch, whole
 ):
     """The folder holds metrics, so it cannot be started; --resume begins it anew, and says so."""
-    config = tiny_config(tmp_path, tiny_wan_folder, STOPPED)
+    config = tiny_config(tmp_path, tiny_wan_folder, STOPPED | {"checkpoint.grace_seconds": 0.0})
     with monkeypatch.context() as patch:
         interrupted_at(patch, "update", 2)
         with pytest.raises(Interrupted, match="before a snapshot; --resume latest starts again"):
@@ -262,7 +271,8 @@ def test_killed_process_exits_with_3_and_resumes(tmp_path, tiny_wan_folder):
     assert "Traceback" not in killed.stderr
     last = killed.stderr.strip().split("\n")[-1]
     assert last.endswith(
-        "interrupted after 1 iterations; the newest snapshot holds 1; continue with --resume latest"
+        "interrupted by SIGINT after 1 iterations; the newest snapshot holds 1; continue with "
+        "--resume latest"
     )
     assert main(["train", str(file), "--resume", "latest"]) == 0
     whole = tiny_config(tmp_path / "whole", tiny_wan_folder, {"policy.ema_decay": 0.9})

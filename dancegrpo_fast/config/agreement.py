@@ -25,7 +25,10 @@ def disagreements(get: Get, default: Get) -> list[Disagreement]:
         default: Default at a dotted path.
     """
     found: list[Disagreement] = _without_effect(get, default)
-    for check in (_dynamics, _last_step, _window, _branches, _group, _credit, _updates):
+    checks = (
+        _dynamics, _last_step, _window, _branches, _group, _credit, _updates, _first_frame,
+    )  # fmt: skip
+    for check in checks:
         try:
             found.extend(check(get))
         except NotValid:
@@ -91,12 +94,12 @@ def _dynamics(get: Get) -> Iterator[Disagreement]:
     dynamics, family = get("rollout.dynamics"), get("model.family")
     if (family in _DDIM_FAMILIES) != (dynamics in _DDIM):
         fitting = "ddim or vp" if family in _DDIM_FAMILIES else "dance, flow, flow_wan or cps"
-        yield "rollout.dynamics", f"model.family = {family} needs {fitting}"
+        yield "rollout.dynamics", f"model.family = {show(family)} needs {fitting}"
         return
     if dynamics == "ddim" and get("rollout.noise_level") > 1:
         yield "rollout.noise_level", "ddim takes a level (eta) in (0, 1], such as 1.0"
     if dynamics in _DDIM and get("rollout.schedule") == "dance":
-        yield "rollout.schedule", f"is a flow's grid; family {family} needs diffusers"
+        yield "rollout.schedule", f"is a flow's grid; with dynamics {dynamics} use diffusers"
     if dynamics in (*_DDIM, "cps") and get("loss.kl") == "flow_image":
         yield "loss.kl", "leaves out the step length of a flow's SDE noise; use exact"
 
@@ -196,3 +199,9 @@ def _updates(get: Get) -> Iterator[Disagreement]:
     samples = get("advantage.best_of_n") or get("rollout.group_size")
     if updates > samples:
         yield "loss.updates", f"a group has {samples} trained samples, so at most {samples} updates"
+
+
+def _first_frame(get: Get) -> Iterator[Disagreement]:
+    if get("model.first_frame_steps") is not None and get("model.first_frame") is None:
+        reason = "has no effect without model.first_frame; set that to a text-to-image pipeline"
+        yield "model.first_frame_steps", f"{reason}, or this to null"

@@ -49,6 +49,8 @@ class ModelConfig(Section):
     """Text tokens given to the network, longer prompts are cut; null is the stock pipeline's."""
     first_frame: str | None = None
     """Image-to-video: text-to-image pipeline that draws the first frame of prompts without one."""
+    first_frame_steps: int | None = Field(default=None, ge=1)
+    """Steps of that pipeline; null is its own default."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage and arithmetic of the VAE."""
     vae_tiling: bool = False
@@ -225,6 +227,8 @@ class ParallelConfig(Section):
     """Keep activations that wait for their backward in host memory."""
     compile: bool = False
     """torch.compile each block."""
+    timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Processes that do not answer in a collective for so long end the run."""
 
 
 class EvaluationConfig(Section):
@@ -245,6 +249,14 @@ class CheckpointConfig(Section):
     """Iterations between snapshots."""
     keep: int = Field(default=2, ge=1)
     """Newest snapshots that are kept."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Also keep snapshots of iterations that are multiples of this, for good."""
+    background: bool = True
+    """Write while the next iteration runs; false waits for the disk."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """A snapshot that cannot be written (disk full): go on without it, or stop the run."""
+    grace_seconds: float = Field(default=60.0, ge=0)
+    """After a signal: how long a begun update phase may go on; then the last snapshot stands."""
 
 
 class RunConfig(Section):

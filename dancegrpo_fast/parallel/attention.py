@@ -30,6 +30,7 @@ class Backend:
         masks: Takes a text mask [B, 1, 1, N].
         ulysses: Works inside diffusers' sequence parallelism. Ours ("replicated_text") exchanges
             outside the kernel and works with all of them.
+        ulysses_masks: Takes a text mask there.
         narrow: Takes bfloat16 and float16 only.
         cuda: Needs a GPU.
         package: Module it imports, if it is not PyTorch's own.
@@ -40,6 +41,7 @@ class Backend:
     trains: bool = True
     masks: bool = True
     ulysses: bool = True
+    ulysses_masks: bool = True
     narrow: bool = False
     cuda: bool = True
     package: str = ""
@@ -49,7 +51,8 @@ class Backend:
 BACKENDS = {
     "default": Backend(None, cuda=False),
     "native": Backend("native", cuda=False),
-    "cudnn": Backend("_native_cudnn", narrow=True),
+    # Split, diffusers calls cuDNN past SDPA, which is what turns a bool mask into one to be added.
+    "cudnn": Backend("_native_cudnn", ulysses_masks=False, narrow=True),
     "flash": Backend(
         "flash", masks=False, narrow=True, package="flash_attn", install="flash-attn>=2.6.3"
     ),
@@ -98,11 +101,13 @@ def check_attention(
     """
 
     def reasons(row: Backend) -> list[str]:
-        split = f"{network} is split by diffusers (parallel.sp = {degree}), which cannot use it"
+        split = degree > 1 and kind == "ulysses"
+        by = f"{network} is split by diffusers (parallel.sp = {degree}), which cannot use it"
+        no_mask = not row.masks or (split and not row.ulysses_masks)
         found = [
             (trained and not row.trains, "it has no backward and this network is trained"),
-            (masked and not row.masks, f"{network} masks its text and it takes no such mask"),
-            (degree > 1 and kind == "ulysses" and not row.ulysses, split),
+            (masked and no_mask, f"{network} masks its text and it takes no such mask"),
+            (split and not row.ulysses, by),
             (row.narrow and dtype == torch.float32, "it does not compute in float32"),
             (row.cuda and device.type != "cuda", f"it needs a GPU and this is {device.type}"),
             (bool(row.package) and find_spec(row.package) is None, f"it needs {row.install}"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,14 +85,16 @@ class GatherHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
         ctx.mesh = mesh
-        return collectives.wait_tensor(collectives.all_gather_tensor(x.contiguous(), 2, mesh))
+        return _gathered(x, mesh).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).contiguous()
-        own = collectives.reduce_scatter_tensor(wide, "sum", 2, ctx.mesh)
-        return collectives.wait_tensor(own).to(gradient.dtype), None
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        by_rank = wide.unflatten(2, (ctx.mesh.size(), -1)).permute(2, 0, 1, 3, 4).contiguous()
+        own = torch.empty_like(by_rank[0])
+        dist.reduce_scatter_tensor(own, by_rank.flatten(0, 1), group=ctx.mesh.get_group())
+        return own.to(gradient.dtype), None
 
 
 class GatherTokens(torch.autograd.Function):
@@ -106,14 +109,19 @@ class GatherTokens(torch.autograd.Function):
         ctx.own = split.own(tokens)
         sizes = split.sizes(tokens)
         # Collectives gather equal shapes only.
-        padded = F.pad(x, (0, 0, 0, max(sizes) - x.shape[1])).contiguous()
-        gathered = collectives.wait_tensor(collectives.all_gather_tensor(padded, 0, split.mesh))
-        parts = gathered.unflatten(0, (split.degree, -1)).unbind(0)
+        parts = _gathered(F.pad(x, (0, 0, 0, max(sizes) - x.shape[1])), split.mesh)
         return torch.cat([part[:, :n] for part, n in zip(parts, sizes, strict=True)], 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return gradients[0][:, ctx.own].contiguous(), None, None
+
+
+def _gathered(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """[ranks, *x.shape]: the tensors of all ranks."""
+    out = x.new_empty(mesh.size() * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=mesh.get_group())
+    return out.unflatten(0, (mesh.size(), -1))
 
 
 class JointAttention:

@@ -95,8 +95,8 @@ def _splits_text(class_name: str) -> bool:
 def split_sequence(module: Any, kind: str, mesh: DeviceMesh) -> None:
     """Turn a loaded network into its sequence-parallel form, in place.
 
-    To be called on the bare diffusers model: after adapters, before or after checkpointing is
-    switched on, before `fully_shard` or another engine. A copy of a split network is split too.
+    To be called on the bare diffusers model: after adapters and copies, before or after
+    checkpointing is switched on, before `fully_shard` or another engine.
 
     Args:
         module: A diffusers transformer.
@@ -121,9 +121,15 @@ def _split_ulysses(module: Any, mesh: DeviceMesh, degree: int) -> None:
         module._resolve_parallel_config = lambda config: _resolved_on_cpu(module, config, mesh)
     module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
     if mesh.device_type == "cpu":
-        del module._resolve_parallel_config  # It refers to this module, also in a copy.
+        del module._resolve_parallel_config
+    module.__deepcopy__ = _refuse_copy
     # The backward of diffusers' SDPA runs outside autocast and refuses q and k wider than v.
     equal_dtypes(module)
+
+
+def _refuse_copy(memo: dict[int, Any]) -> Any:
+    """diffusers' hooks keep the module that they were made for: a copy would run its weights."""
+    raise RuntimeError("copy the network before split_sequence: a copy would run the original")
 
 
 def _resolved_on_cpu(module: Any, config: Any, mesh: DeviceMesh) -> Any:

@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from dancegrpo_fast.config import ParallelConfig, UserError
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class World:
 
     @classmethod
     def from_environment(
-        cls, parallel: ParallelConfig | None = None, timeout: timedelta = TIMEOUT
+        cls, parallel: ParallelConfig | None = None
     ) -> World:
         """Join the group `torchrun` describes: NCCL with GPUs, gloo without; or stand alone.
 
@@ -64,7 +63,8 @@ class World:
         if not dist.is_initialized():
             # gloo beside NCCL: small exchanges of host values never touch the GPU's queue.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timeout)
+            seconds = timedelta(seconds=parallel.timeout_seconds)
+            dist.init_process_group(backend, timeout=seconds)
         sp, kind = parallel.sp, device.type
         weights = init_device_mesh(kind, (copies, shards), mesh_dim_names=("replicate", "shard"))
         names = ("data", "ring", "ulysses")

@@ -1,0 +1,252 @@
+"""Snapshots beside a running iteration, full disks, locks, and stopping together."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import CPU, tiny_config, tiny_wan
+
+from dancegrpo_fast import checkpoint
+from dancegrpo_fast.config import CheckpointConfig, Interrupted, UserError
+from dancegrpo_fast.lock import FolderLock
+from dancegrpo_fast.parallel.stopping import NOW, SOON, StopRequested, Stopping
+from dancegrpo_fast.parallel.world import World, scorers, weight_axes
+from dancegrpo_fast.run import train
+from dancegrpo_fast.trainer import Trainer
+
+LORA = {"policy.train": "lora", "policy.ema_decay": 0.9}
+
+
+def saver(folder: Path, **settings) -> checkpoint.Saver:
+    return checkpoint.Saver(folder, CheckpointConfig(**settings), CPU)
+
+
+def snapshot(iteration: int, value: float = 1.0) -> checkpoint.Snapshot:
+    return checkpoint.Snapshot(iteration, {"w": torch.full((1000,), value)}, {"done": iteration})
+
+
+def loaded(folder: Path) -> tuple[int, float]:
+    tensors = {"w": torch.zeros(1000)}
+    found = checkpoint.load(folder, tensors, CPU)
+    assert found is not None and (tensors["w"] == tensors["w"][0]).all()
+    return found.iteration, float(tensors["w"][0])
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_snapshot_is_of_the_moment_it_was_asked_for(tmp_path, background):
+    """The next iteration changes the very tensors while they are written."""
+    one = saver(tmp_path, background=background)
+    now = snapshot(1)
+    one.save(now)
+    now.tensors["w"].fill_(2.0)
+    one.finish()
+    assert loaded(tmp_path) == (1, 1.0)
+
+
+def test_what_is_kept(tmp_path):
+    one = saver(tmp_path, keep=2, keep_every=4)
+    for iteration in range(1, 12):
+        one.save(snapshot(iteration))
+    one.finish()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"iteration-{i:06d}" for i in (4, 8, 10, 11)]
+
+
+def test_an_unfinished_snapshot_is_no_snapshot(tmp_path):
+    """A process killed while writing leaves a temporary name that nobody loads."""
+    one = saver(tmp_path)
+    one.save(snapshot(1))
+    one.finish()
+    (tmp_path / "iteration-000002.partial").mkdir()
+    (tmp_path / "iteration-000002.partial" / "__0_0.distcp").write_bytes(b"half")
+    assert loaded(tmp_path)[0] == 1
+    again = saver(tmp_path)
+    again.save(snapshot(2))
+    again.finish()
+    assert loaded(tmp_path)[0] == 2
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_a_full_disk_leaves_the_last_snapshot_whole(
+    tmp_path, monkeypatch, caplog, background, on_failure
+):
+    one = saver(tmp_path, background=background, on_failure=on_failure)
+    one.save(snapshot(1))
+    one.finish()
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed.checkpoint.filesystem, "_write_item", full)
+        if on_failure == "stop":
+            with pytest.raises(UserError, match="make room and continue with --resume latest"):
+                one.save(snapshot(2))
+                one.finish()
+        else:
+            with caplog.at_level(logging.ERROR):
+                one.save(snapshot(2))
+                one.finish()
+            ours = [r for r in caplog.records if r.name == "dancegrpo_fast.checkpoint"]
+            said = " ".join(record.getMessage() for record in ours)
+            assert len(ours) == 1
+            assert "iteration 2 could not be saved" in said and "No space left" in said
+            assert "the newest snapshot holds 1" in said and "the run goes on" in said
+    assert one.failures == 1 and loaded(tmp_path)[0] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["iteration-000001"]
+    one.save(snapshot(3))
+    one.finish()
+    assert loaded(tmp_path)[0] == 3
+
+
+SMALL_DISK = """
+import resource, sys, torch
+from tiny_models import tiny_config
+from pathlib import Path
+from dancegrpo_fast.cli import main
+torch.set_num_threads(1)
+limit = int(sys.argv[2])
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from dancegrpo_fast.trainer import Trainer
+save, calls = Trainer.save, []
+def limited(self):
+    calls.append(1)
+    if len(calls) == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    if len(calls) == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    return save(self)
+Trainer.save = limited
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+def test_a_run_survives_a_disk_that_fills(tmp_path, tiny_wan_folder):
+    """The kernel refuses to write more than 20 kB a file during the second snapshot."""
+    import yaml
+    from tiny_models import tiny_recipe
+
+    changes = {"checkpoint.every": 1, "iterations": 3, "checkpoint.keep": 3}
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(tiny_recipe(tmp_path, tiny_wan_folder, changes)))
+    script = tmp_path / "small.py"
+    script.write_text(SMALL_DISK)
+    done = run_script(script, str(file), "20000")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "iteration 2 could not be saved" in done.stderr
+    saved = sorted(p.name for p in (tmp_path / "run" / "snapshots").iterdir())
+    assert saved == ["iteration-000001", "iteration-000003"]
+
+
+def run_script(script: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+    tests = Path(__file__).parent
+    paths = [str(tests.parent), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*command, str(script), *arguments],
+        env=environment, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+
+
+# ---- one run per folder -------------------------------------------------------------------------
+
+
+def test_a_second_run_in_a_folder_is_refused(tmp_path, tiny_wan_folder):
+    config = tiny_config(tmp_path, tiny_wan_folder, LORA)
+    lock = FolderLock(Path(config.output), CPU)
+    with pytest.raises(UserError, match=rf"another run is writing here \(process {os.getpid()} on"):
+        train(config)
+    lock.release()
+    train(config)
+
+
+def test_other_ranks_take_no_lock(tmp_path):
+    FolderLock(tmp_path, World(1, 2, torch.device("cpu")))
+    assert not (tmp_path / "run.lock").exists()
+
+
+# ---- stopping -----------------------------------------------------------------------------------
+
+
+def test_a_request_stops_where_nothing_is_lost_and_later_everywhere():
+    handler = signal.getsignal(signal.SIGTERM)
+    stopping = Stopping(CPU, grace_seconds=1000)
+    with stopping.listening():
+        stopping.ask(until=SOON)
+        signal.raise_signal(signal.SIGTERM)
+        stopping.ask(until=NOW)  # In an update phase: it goes on.
+        with pytest.raises(StopRequested):
+            stopping.ask(until=SOON)
+    assert stopping.told_by == "SIGTERM" and signal.getsignal(signal.SIGTERM) == handler
+    late = Stopping(CPU, grace_seconds=0)
+    with late.listening():
+        signal.raise_signal(signal.SIGUSR1)
+        with pytest.raises(StopRequested):
+            late.ask(until=NOW)
+
+
+def test_a_second_interrupt_does_not_wait():
+    stopping = Stopping(CPU, grace_seconds=1000)
+    with stopping.listening():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_interrupted_at_once_says_what_there_is(tmp_path, tiny_wan_folder, monkeypatch):
+    config = tiny_config(tmp_path, tiny_wan_folder, LORA | {"checkpoint.every": 1})
+    sample, calls = Trainer.sample, []
+
+    def patched(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return sample(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "sample", patched)
+    with pytest.raises(Interrupted, match="interrupted at once; "):
+        train(config)
+
+
+# ---- meshes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "axes"),
+    [({}, 1, (1, 1)), ({}, 8, (1, 8)), ({"sp": 2}, 8, (1, 8)),
+     ({"dp_replicate": 2}, 8, (2, 4)), ({"dp_replicate": 2, "sp": 2, "dp_shard": 2}, 8, (2, 4))],
+)  # fmt: skip
+def test_weight_axes(settings, size, axes):
+    from dancegrpo_fast.config import ParallelConfig
+
+    assert weight_axes(ParallelConfig(**settings), size) == axes
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    from dancegrpo_fast.config import ParallelConfig
+
+    with pytest.raises(UserError, match="dp_replicate = 1, dp_shard = null, sp = 3: they must mul"):
+        weight_axes(ParallelConfig(sp=3), 8)
+
+
+def test_ranks_of_a_group_share_the_scoring():
+    import numpy as np
+
+    owner = np.array([[0, 0, 0], [0, 0, 1]])
+    assert scorers(owner, 1).tolist() == owner.tolist()
+    assert scorers(owner, 2).tolist() == [[0, 0, 0], [1, 1, 2]]
