@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,25 @@ def whole_state(
 ) -> dict[str, Tensor]:
     """A module's state on the CPU, gathered from its slices; empty where it is not kept."""
     state = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in module.state_dict(keep_vars=True).items():
         if wanted(name):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if keep:
-                state[name] = whole.detach().cpu()
+            with _whole(tensor) as whole:
+                if keep:
+                    # A copy where it is on the CPU already: ZeRO 3 lets go of the gathered one.
+                    state[name] = whole.detach().to("cpu", copy=hasattr(tensor, "ds_id"))
     return state
+
+
+@contextmanager
+def _whole(tensor: Tensor) -> Iterator[Tensor]:
+    """A parameter or buffer gathered from the slices of FSDP2 or ZeRO 3."""
+    if hasattr(tensor, "ds_id"):
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            yield tensor
+    else:
+        yield tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _write_network(cls: Any, module: Any, state: dict[str, Tensor], out: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dancegrpo_fast.config import ModelConfig, UserError
 from dancegrpo_fast.models.conditions import Condition, Conditions
+from dancegrpo_fast.models.loading import load as load_network
 from dancegrpo_fast.models.source import Grid, Source
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.trajectories import Place
@@ -52,6 +53,10 @@ class Family(ABC):
     """Components that may be trained, high noise first."""
     encoders: ClassVar[tuple[str, ...]]
     """Components that are needed only while prompts are embedded."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Components that are never loaded (a safety checker would black out samples)."""
+    replaced: ClassVar[tuple[str, ...]] = ()
+    """Components whose files the family reads itself, in place of the pipeline's own class."""
     blocks: ClassVar[tuple[str, ...]]
     """Names of a network's lists of blocks: what is sharded, checkpointed and compiled one by one."""
     lora_targets: ClassVar[list[str]]
@@ -62,6 +67,8 @@ class Family(ABC):
     """Scale that the network takes as an input unless the recipe says otherwise; None: no input."""
     takes_image: ClassVar[bool] = False
     """Whether a prompt needs an image."""
+    draws_first_frame: ClassVar[bool] = False
+    """Whether `model.first_frame` may draw the image of prompts that bring none."""
 
     def __init__(self, config: ModelConfig, device: torch.device | None = None) -> None:
         self.config = config
@@ -72,6 +79,11 @@ class Family(ABC):
             raise UserError(
                 f"model.embedded_guidance = {config.embedded_guidance}: family {config.family} has "
                 "no such input; use model.guidance"
+            )
+        if config.first_frame is not None and not self.draws_first_frame:
+            raise UserError(
+                f"model.first_frame = {config.first_frame!r}: family {config.family} draws no "
+                "first frame; leave it out"
             )
         second = 1.0 if config.guidance == 1 else config.guidance
         if config.guidance_2 is not None:
@@ -160,15 +172,18 @@ class Family(ABC):
             arguments["negative_prompt"] = [self.config.negative_prompt] * len(prompts)
         return arguments
 
+    def from_dance(self, record: Mapping[str, Tensor]) -> Condition:
+        """What `embed` gives, from one prompt of DanceGRPO's files: tensors by subfolder."""
+        raise UserError(f"--import: family {self.config.family} has no embedding folders to import")
+
     # ---- what all families do ------------------------------------------------------------------
 
     def load(self) -> Family:
         """Load the networks onto the device; frozen weights keep `model.dtype`."""
+        self.source.check(self.unused)
         for name in self.grid.networks:
-            network = self.source.component_class(name).from_pretrained(
-                self.source.folder, subfolder=name, dtype=self.dtype, local_files_only=True
-            )
-            self.modules[name] = network.to(self.device).eval().requires_grad_(False)
+            cls, folder = self.source.component_class(name), self.source.folder / name
+            self.modules[name] = load_network(cls, folder, self.dtype, self.device)
         return self
 
     @torch.no_grad()
@@ -255,7 +270,7 @@ class Family(ABC):
             with self.vae() as vae:
                 self._encoder_pipeline = self.source.pipeline_class.from_pretrained(
                     self.source.folder,
-                    **dict.fromkeys(self.networks),
+                    **dict.fromkeys((*self.networks, *self.unused, *self.replaced)),
                     vae=vae,
                     dtype=self.dtype,
                     local_files_only=True,
@@ -276,6 +291,7 @@ class Family(ABC):
         whole = exported is not None and train == "full"
         pipeline = self.source.pipeline_class.from_pretrained(
             exported if whole else self.source.folder,
+            **dict.fromkeys((*self.unused, *self.replaced)),
             dtype={"default": self.dtype, "vae": DTYPES[self.config.vae_dtype]},
             local_files_only=True,
         ).to(self.device)
@@ -332,6 +348,8 @@ class Family(ABC):
                 path = str(exported / network)
                 lines.append(f"pipeline.load_lora_weights({path!r}, load_into_transformer_2=True)")
         arguments = {"num_inference_steps": steps, **self.call_arguments()}
+        if self.config.guidance != 1:  # Without it some pipelines do not guide at all.
+            arguments["negative_prompt"] = self.config.negative_prompt
         image = ["    image=load_image('YOUR IMAGE'),"] if self.takes_image else []
         if self.takes_image:
             lines.insert(1, "from diffusers.utils import load_image")
@@ -386,4 +404,22 @@ def check_one_frame(config: ModelConfig) -> None:
     if config.frames != 1:
         raise UserError(
             f"model.frames = {config.frames}: family {config.family} draws images; leave it at 1"
+        )
+
+
+def check_guidance(config: ModelConfig) -> None:
+    """Refuse a guidance scale below 1, for stock pipelines that guide above 1 only."""
+    if config.guidance < 1:
+        raise UserError(
+            f"model.guidance = {config.guidance}: the stock pipeline guides only above 1; use 1 "
+            "for no guidance, or more"
+        )
+
+
+def check_text_length(config: ModelConfig, most: int) -> None:
+    """Refuse more text tokens than the stock pipeline takes."""
+    if (config.max_text_length or 0) > most:
+        raise UserError(
+            f"model.max_text_length = {config.max_text_length}: the stock pipeline takes at most "
+            f"{most} tokens"
         )

@@ -1,8 +1,14 @@
-"""A diffusers pipeline folder, read without its weights: its index, configurations and grid."""
+"""A diffusers pipeline folder, read without its weights: its index, configurations and grid.
+
+It is named by its path or by a hub id; a hub id stands for the copy in the local hub cache, which
+`dancegrpo-fast fetch` makes. Nothing is downloaded here.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +16,97 @@ from typing import Any
 import numpy as np
 
 from dancegrpo_fast.config import ModelConfig, RolloutConfig, UserError
+from dancegrpo_fast.models.loading import STEMS, weight_files
 from dancegrpo_fast.schedules import Schedule, dance_schedule, from_scheduler
+
+INDEX = "model_index.json"
+_WITHOUT_WEIGHTS = re.compile("(Tokenizer|Processor)(Fast)?$|(FeatureExtractor|Scheduler)$")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is no folder here can be a hub id, `organisation/name`."""
+    return not Path(path).exists() and _HUB_ID.fullmatch(path) is not None
+
+
+def locate(path: str, revision: str | None = None, field: str = "model.path") -> Path:
+    """The folder of a pipeline: `path` itself, or the local copy of a hub id.
+
+    Args:
+        path: A folder, or a hub id.
+        revision: Branch, tag or commit of a hub id; None is its main branch.
+        field: Configuration field that named it, for the error message.
+
+    Raises:
+        UserError: There is no such folder, and no such copy.
+    """
+    where = f"{field} = {path!r}"
+    if Path(path).exists():
+        if revision is not None:
+            raise UserError(
+                f"model.revision = {revision!r}: {path} is a folder, which has no revisions; leave "
+                "it out, or give a hub id as model.path"
+            )
+        return Path(path)
+    if not is_hub_id(path):
+        raise UserError(
+            f"{where}: this folder does not exist (paths count from {Path.cwd()}); give the folder "
+            "of a diffusers pipeline, or a hub id (organisation/name)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # The index alone is asked for: a copy of the needed files is no complete snapshot.
+        return Path(
+            snapshot_download(
+                path, revision=revision, allow_patterns=[INDEX], local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise UserError(
+            f"{where}: is no folder in {Path.cwd()}, and the local hub cache holds no such model"
+            f"{at}; run `dancegrpo-fast fetch RECIPE` where there is internet, or give the folder "
+            "of a diffusers pipeline"
+        ) from None
+
+
+def read_index(folder: Path, where: str) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline folder; `where` names the field in the error message."""
+    file = folder / INDEX
+    if not file.is_file():
+        raise UserError(
+            f"{where}: this folder has no {INDEX}; give the folder of a diffusers pipeline (one "
+            "written by save_pretrained or a hub download)"
+        )
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        index["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{where}: {file} is no pipeline index; fetch or save it again") from None
+    return index
+
+
+def components(index: dict[str, Any], unused: Iterable[str] = ()) -> dict[str, str]:
+    """Name -> class name of the components that an index lists, but for `unused` ones."""
+    return {
+        name: entry[1]
+        for name, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] and name not in set(unused)
+    }
+
+
+def needed_files(index: dict[str, Any], unused: Iterable[str] = ()) -> list[str]:
+    """Patterns of the files that loading needs: configurations, vocabularies, safetensors."""
+    patterns = [INDEX]
+    for name, kind in components(index, unused).items():
+        patterns += [f"{name}/*.{ending}" for ending in ("json", "txt", "model", "jinja")]
+        if not _WITHOUT_WEIGHTS.search(kind):
+            # Not every safetensors file: variants (fp16, non_ema) lie beside.
+            patterns += [f"{name}/{stem}.safetensors" for stem in STEMS]
+            patterns += [f"{name}/{stem}-?????-of-?????.safetensors" for stem in STEMS]
+    return patterns
 
 
 @dataclass(frozen=True)
@@ -30,25 +126,43 @@ class Source:
         """Read a pipeline folder's index, checked before anything is loaded.
 
         Args:
-            config: Names the folder.
+            config: Names the folder or hub id.
             pipelines: diffusers pipeline classes the family loads.
         """
-        folder = Path(config.path)
-        file = folder / "model_index.json"
-        if not file.is_file():
-            state = "has no model_index.json" if folder.is_dir() else "does not exist"
+        folder, where = locate(config.path, config.revision), f"model.path = {config.path!r}"
+        index = read_index(folder, where)
+        if index["_class_name"] not in pipelines:
             raise UserError(
-                f"model.path = {config.path!r}: this folder {state}; give the folder of a "
-                "diffusers pipeline (one written by save_pretrained or a hub download)"
-            )
-        index = json.loads(file.read_text(encoding="utf-8"))
-        if index.get("_class_name") not in pipelines:
-            raise UserError(
-                f"model.path = {config.path!r}: it holds a {index.get('_class_name')}, and "
-                f"model.family = {config.family} loads {', '.join(pipelines)}; choose the matching "
-                "family"
+                f"{where}: it holds a {index['_class_name']}, and model.family = {config.family} "
+                f"loads {', '.join(pipelines)}; choose the matching family"
             )
         return cls(folder, index)
+
+    def check(self, unused: Iterable[str] = ()) -> None:
+        """Refuse a folder that lacks something, before anything is loaded.
+
+        Args:
+            unused: Components that nothing needs.
+
+        Raises:
+            UserError: One line per component that is missing or incomplete.
+        """
+        lines = []
+        for name, kind in components(self.index, unused).items():
+            folder = self.folder / name
+            weighty = not _WITHOUT_WEIGHTS.search(kind)
+            if not (folder / "config.json" if weighty else folder).exists():
+                lines.append(
+                    f"{folder}: is missing or has no configuration, and {INDEX} names it ({kind}); "
+                    "complete the folder, or fetch it with `dancegrpo-fast fetch RECIPE`"
+                )
+            elif weighty:
+                try:
+                    weight_files(folder)
+                except UserError as error:
+                    lines.append(str(error))
+        if lines:
+            raise UserError("\n".join(lines))
 
     @property
     def pipeline_class(self) -> Any:

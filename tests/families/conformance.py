@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Case:
         breaks: Name -> model or rollout overrides ("model.guidance": ...) or a function of a family,
             each of which must break the equality with the stock pipeline by over 100 tolerances:
             guidance, shift, timestep scale, VAE scale.
+        around: Holds while the case runs: what makes the stock pipeline itself small.
         trees: Overrides of `rollout.tree` beside the shared root.
         grids: (steps, expected sigmas) of the published scheduler configuration are tested in the
             case's own file.
@@ -65,6 +67,7 @@ class Case:
     images: Callable[[Path, Sequence[str]], list[Prompt]] | None = None
     scheduler: Callable[[Any], None] = lambda pipeline: None
     breaks: dict[str, dict[str, Any] | Callable[[Family], None]] = field(default_factory=dict)
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def overrides(self) -> dict[str, Any]:
         """The case's recipe over `tiny_recipe`."""

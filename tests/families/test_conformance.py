@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,9 @@ def one_thread():
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[case.name for case in CASES])
-def case(request) -> Case:
-    return request.param
+def case(request) -> Iterator[Case]:
+    with request.param.around():
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,7 @@ def test_one_update(case, folder, prompts, tmp_path, tree, train):
     assert moved, "nothing was trained"
     if tree == "shared_root" and train == "lora":
         trainer.save()
+        trainer.saver.finish()
         again = Trainer(trainer.config, CPU)
         assert again.resume() and again.done == 1
         for name, parameter in again.policy.trainable().items():
