@@ -19,8 +19,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dancegrpo_fast import checkpoint
 from dancegrpo_fast.config import Interrupted, RunConfig, UserError, dump, load_config
 from dancegrpo_fast.data import PromptSet
-from dancegrpo_fast.models import export
 from dancegrpo_fast.lock import FolderLock
+from dancegrpo_fast.models import export
 from dancegrpo_fast.parallel.stopping import SOON, StopRequested
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.prompt import Prompt

@@ -28,8 +28,8 @@ from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.losses.gate import forward_settings
 from dancegrpo_fast.models import Conditions, open_family
 from dancegrpo_fast.models.embeddings import Embeddings, embeddings_folder
-from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.networks import assemble, base_weights
+from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.stopping import NOW, SOON, Stopping
 from dancegrpo_fast.parallel.world import World, scorers
 from dancegrpo_fast.prompt import Prompt
@@ -193,7 +193,7 @@ class Trainer:
             modules,
             self.family.grid.schedule(rollout),
             rollout.dynamics,
-            self.family.encode(prompts),
+            self.embeddings.alone(prompts),
             latents,
         )
         return self.family.decode(samples)

@@ -353,7 +353,8 @@ def explicit_transitions(case: Case, edges: Sequence[Edge]) -> tuple[Tensor, Ten
         x = torch.stack([case.whole.latents[parent] for parent in parents])
         y = torch.stack([case.whole.latents[edges[i]] for i in rows]).double()
         times = torch.tensor([SCHEDULE.timesteps[s.step - 1] for s in states])
-        inputs = network_input(x, times, case.conditions.select([edges[i][0] for i in rows]).positive()["text"])
+        asked = case.conditions.select([edges[i][0] for i in rows])
+        inputs = network_input(x, times, asked.positive()["text"])
         m = case.networks[name](inputs).reshape(y.shape)
         with torch.no_grad():
             reference = case.references[name](inputs).reshape(y.shape)

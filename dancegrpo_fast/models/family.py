@@ -58,7 +58,7 @@ class Family(ABC):
     replaced: ClassVar[tuple[str, ...]] = ()
     """Components whose files the family reads itself, in place of the pipeline's own class."""
     blocks: ClassVar[tuple[str, ...]]
-    """Names of a network's lists of blocks: what is sharded, checkpointed and compiled one by one."""
+    """Names of a network's lists of blocks: sharded, checkpointed and compiled one by one."""
     lora_targets: ClassVar[list[str]]
     """Names of the layers that a LoRA adapts unless the recipe says otherwise."""
     text_length: ClassVar[int]
@@ -188,7 +188,7 @@ class Family(ABC):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt | str]) -> Conditions:
-        """Conditions of P prompts, on the device; each embedded alone, whatever else is asked for."""
+        """Conditions of P prompts, on the device; each is embedded alone, whatever its company."""
         full = [Prompt(p) if isinstance(p, str) else p for p in prompts]
         with self.encoder_pipeline() as pipeline:
             rows = [self.embed(pipeline, prompt).to(self.device) for prompt in full]
@@ -312,7 +312,7 @@ class Family(ABC):
             yield pipeline
 
     def pipeline_options(self) -> dict[str, Any]:
-        """Constructor arguments of the stock pipeline that are no components (its index has them)."""
+        """Constructor arguments of the stock pipeline, from its index, that are no components."""
         components = {"_class_name", "_diffusers_version", "_name_or_path"}
         return {
             k: v
@@ -377,49 +377,3 @@ def evaluate(
         conditions.select([p for p, _ in places]),
         family.grid.module_names(plan.schedule)[steps[0]],
     )
-
-
-def check_multiple(field: str, value: int, factor: int) -> None:
-    """Refuse a size that is not a multiple of `factor`, with the nearest that are."""
-    if value % factor:
-        below = value // factor * factor
-        near = " or ".join(str(n) for n in (below, below + factor) if n > 0)
-        raise UserError(
-            f"model.{field} = {value}: must be a multiple of {factor} here; use {near}"
-        )
-
-
-def check_frames(frames: int, factor: int) -> None:
-    """Refuse a frame count whose (frames - 1) is not a multiple of `factor`."""
-    if (frames - 1) % factor:
-        below = (frames - 1) // factor * factor + 1
-        raise UserError(
-            f"model.frames = {frames}: (frames - 1) must be divisible by {factor} here; use "
-            f"{below} or {below + factor}"
-        )
-
-
-def check_one_frame(config: ModelConfig) -> None:
-    """Refuse more than one frame, for models of images."""
-    if config.frames != 1:
-        raise UserError(
-            f"model.frames = {config.frames}: family {config.family} draws images; leave it at 1"
-        )
-
-
-def check_guidance(config: ModelConfig) -> None:
-    """Refuse a guidance scale below 1, for stock pipelines that guide above 1 only."""
-    if config.guidance < 1:
-        raise UserError(
-            f"model.guidance = {config.guidance}: the stock pipeline guides only above 1; use 1 "
-            "for no guidance, or more"
-        )
-
-
-def check_text_length(config: ModelConfig, most: int) -> None:
-    """Refuse more text tokens than the stock pipeline takes."""
-    if (config.max_text_length or 0) > most:
-        raise UserError(
-            f"model.max_text_length = {config.max_text_length}: the stock pipeline takes at most "
-            f"{most} tokens"
-        )

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from dancegrpo_fast.config import UserError
+from dancegrpo_fast.models.checks import check_multiple, check_one_frame
 from dancegrpo_fast.models.conditions import Condition
-from dancegrpo_fast.models.family import Family, check_multiple, check_one_frame
+from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.models.patches import calculate_shift, pack, unpack
 from dancegrpo_fast.models.source import Grid
 from dancegrpo_fast.models.wan import latent_scale

@@ -19,14 +19,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from dancegrpo_fast.config import UserError
-from dancegrpo_fast.models.conditions import Condition
-from dancegrpo_fast.models.family import (
-    Family,
+from dancegrpo_fast.models.checks import (
     check_guidance,
     check_multiple,
     check_one_frame,
     check_text_length,
 )
+from dancegrpo_fast.models.conditions import Condition
+from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.models.patches import calculate_shift
 from dancegrpo_fast.models.source import Grid
 from dancegrpo_fast.prompt import Prompt

@@ -20,13 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dancegrpo_fast.config import UserError
+from dancegrpo_fast.models.checks import check_frames, check_guidance, check_multiple
 from dancegrpo_fast.models.conditions import Condition
-from dancegrpo_fast.models.family import (
-    Family,
-    check_frames,
-    check_guidance,
-    check_multiple,
-)
+from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.prompt import Prompt
 
 

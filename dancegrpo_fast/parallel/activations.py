@@ -56,8 +56,10 @@ def kept_activations(parallel: ParallelConfig) -> AbstractContextManager[object]
 
 
 def _recompute(contexts: Callable[[], Any] | None) -> Callable[..., Any]:
-    extra = {} if contexts is None else {"context_fn": contexts}
-    function = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, **extra)
+    extra: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+    function: Callable[..., Any] = partial(
+        checkpoint, use_reentrant=False, preserve_rng_state=False, **extra
+    )
     return lambda block, *inputs: function(
         block.__call__ if isinstance(block, nn.Module) else block, *inputs
     )

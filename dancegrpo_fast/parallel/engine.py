@@ -11,7 +11,7 @@ their weights are there, then `gathered`, `call`, `backward` and `step` in every
 # No `from __future__ import annotations`: DDP compares a hook's annotations with the classes.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +44,9 @@ class Engine(ABC):
         self.parallel, self.settings, self.world = parallel, optimizer, world
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
-    def shard(self, module: nn.Module, *, blocks: tuple[str, ...], dtype: torch.dtype) -> None:
+    def shard(  # noqa: B027 (nothing to spread is a fine way to do it)
+        self, module: nn.Module, *, blocks: tuple[str, ...], dtype: torch.dtype
+    ) -> None:
         """Spread a network's parameters, before it has weights.
 
         Args:
@@ -134,8 +136,10 @@ class Replicated(Engine):
     @contextmanager
     def call(self, name: str, last: bool) -> Iterator[nn.Module]:
         module = self._wrapped[name]
-        silent = isinstance(module, DistributedDataParallel) and not last
-        with module.no_sync() if silent else nullcontext(), kept_activations(self.parallel):
+        with ExitStack() as stack:
+            if isinstance(module, DistributedDataParallel) and not last:
+                stack.enter_context(module.no_sync())
+            stack.enter_context(kept_activations(self.parallel))
             yield module
 
 
@@ -239,5 +243,10 @@ def make_engine(
 ) -> Engine:
     """The engine a recipe asks for; alone, weights stay where they are."""
     kinds: dict[str, type[Engine]] = {"ddp": Replicated, "fsdp": Sharded}
+    if world.size > 1 and parallel.engine == "deepspeed":
+        # Imported only here: it is an optional package, and slow to import.
+        from dancegrpo_fast.parallel.zero import DeepSpeedEngine
+
+        kinds["deepspeed"] = DeepSpeedEngine
     kind = Replicated if world.size == 1 else kinds[parallel.engine]
     return kind(modules, parallel, optimizer, world)

@@ -1,8 +1,8 @@
 """Held-out evaluation: the same prompts and the same initial noise, before and after training.
 
-Samples are drawn deterministically, as the stock diffusers pipeline draws them (tests/families holds
-the two equal). Differences are taken per prompt and seed, averaged per prompt, and their standard
-error is over prompts.
+Samples are drawn deterministically, as the stock diffusers pipeline draws them (tests/families
+holds the two equal). Differences are taken per prompt and seed, averaged per prompt, and their
+standard error is over prompts.
 """
 
 from __future__ import annotations
