@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
-from dancegrpo_fast.config import RunConfig
+from dancegrpo_fast.config import ParallelConfig, RunConfig, UserError
 from dancegrpo_fast.models import Family
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.activations import prepare_blocks
+from dancegrpo_fast.parallel.attention import check_attention, set_attention
 from dancegrpo_fast.parallel.engine import Engine, make_engine
+from dancegrpo_fast.parallel.sequence import check_sequence, split_sequence
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
+
+
+def check(config: RunConfig, family: Family, world: World) -> None:
+    """Refuse a split or an attention that the networks cannot do, before anything is loaded."""
+    parallel = config.parallel
+    tokens = math.prod(
+        size // patch
+        for size, patch in zip(family.latent_shape[1:], family.token_patch(), strict=True)
+    )
+    # Qwen-Image pads its trimmed text to a multiple of the degree.
+    trimmed = family.config.family == "qwen_image"
+    text_tokens = parallel.sp if trimmed else family.max_text_length
+    for name in family.grid.networks:
+        network = family.source.config(name)
+        check_sequence(network, family.sequence, parallel.sp, tokens, text_tokens)
+        check_attention(
+            parallel.attention,
+            network=network["_class_name"],
+            kind=family.sequence,
+            degree=parallel.sp,
+            masked=trimmed and parallel.sp > 1,
+            trained=True,
+            dtype=family.dtype,
+            device=world.device,
+        )
+    if parallel.compile and parallel.sp > 1 and family.sequence == "ulysses":
+        raise UserError(
+            f"parallel.compile = true: blocks of {family.config.family} split over "
+            f"parallel.sp = {parallel.sp} processes do not compile for training; use one of the two"
+        )
 
 
 def assemble(
@@ -24,6 +58,9 @@ def assemble(
         world: The processes.
         key: Of the adapters' first weights.
     """
+    parallel = config.parallel
+    if family.sequence == "ulysses":
+        family.text_multiple = parallel.sp
     policy = Policy(
         family.load().modules,
         config.policy,
@@ -31,9 +68,14 @@ def assemble(
         key=key,
         needs_reference=config.loss.kl_weight > 0,
     )
-    engine = make_engine(policy.modules, config.parallel, config.optimizer, world)
+    engine = make_engine(policy.modules, parallel, config.optimizer, world)
+    # Adapters and copies are there; a split network cannot be copied.
     for module in [*policy.modules.values(), *policy.frozen.values()]:
-        prepare_blocks(module, config.parallel, family.blocks)
+        set_attention(module, parallel.attention, masked=family.text_multiple > 1)
+        if parallel.sp > 1:
+            assert world.tokens is not None
+            split_sequence(module, family.sequence, world.tokens)
+        prepare_blocks(module, parallel, family.blocks)
         engine.shard(module, blocks=family.blocks, dtype=family.dtype)
     engine.ready()
     policy.start_average()
@@ -42,8 +84,4 @@ def assemble(
 
 def base_weights(family: Family, policy: Policy) -> dict[str, Tensor]:
     """The base's weights of what is trained, read again from the pipeline's folder."""
-    base = family.source  # A second instance: the first one's networks are being trained.
-    found: dict[str, Tensor] = {}
-    for name, parameter in policy.trainable().items():
-        found[name] = parameter
-    raise NotImplementedError(base)
+    raise NotImplementedError

@@ -18,4 +18,5 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()
     # Each import of transformers without torchvision says so once per image processor.
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_tensor. is deprecated.*")
     warnings.filterwarnings("ignore", message=".*Mismatch dtype between input and weight.*")

@@ -28,7 +28,7 @@ from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.losses.gate import forward_settings
 from dancegrpo_fast.models import Conditions, open_family
 from dancegrpo_fast.models.embeddings import Embeddings, embeddings_folder
-from dancegrpo_fast.networks import assemble, base_weights
+from dancegrpo_fast.networks import assemble, base_weights, check
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.stopping import NOW, SOON, Stopping
 from dancegrpo_fast.parallel.world import World, scorers
@@ -71,6 +71,7 @@ class Trainer:
             self.owner = leaf_owners(prompts, group_size, world.data_size, spread=spread)
             self.family = open_family(config.model, world.device)
             plan_iteration(config, self.family.grid, 0)
+            check(config, self.family, world)
         except ValueError as error:  # The core's own words, before anything large is loaded.
             raise UserError(str(error)) from error
         self.embeddings = Embeddings(self.family, embeddings_folder(config), world)

@@ -74,7 +74,11 @@ def refused(capsys, *arguments: str) -> list[str]:
         ),
         # the model's own limits
         ("model.height=20", "model.height = 20", "must be a multiple of 8"),
-        ("model.frames=4", "model.frames = 4", "(frames - 1) must be divisible by 2 here; use 3 or 5"),
+        (
+            "model.frames=4",
+            "model.frames = 4",
+            "(frames - 1) must be divisible by 2 here; use 3 or 5",
+        ),
         (
             "policy={train: lora, lora_targets: [to_z]}",
             "policy.lora_targets = ['to_z']",

@@ -24,7 +24,8 @@ def test_jsonl_lines_hold_images_and_what_rewards_are_told(tmp_path):
     (tmp_path / "frame.png").write_bytes(b"")
     path = tmp_path / "prompts.jsonl"
     path.write_text(
-        '{"prompt": "a cat", "image": "frame.png"}\n\n{"prompt": "a dog", "count": 2, "tags": ["x"]}'
+        '{"prompt": "a cat", "image": "frame.png"}\n\n'
+        '{"prompt": "a dog", "count": 2, "tags": ["x"]}'
     )
     first, second = PromptSet.load(path).prompts
     assert first == Prompt("a cat", tmp_path / "frame.png")

@@ -16,6 +16,9 @@ from typing import NoReturn
 COMMANDS = {
     "train": "train a model with a recipe, on one process or under torchrun",
     "sample": "draw samples of a model or of a run",
+    "embed": "embed the prompts of a recipe ahead of its run",
+    "fetch": "download what a recipe needs, for machines without internet",
+    "score": "score images or videos on disk; --list says which rewards there are",
     "plan": "print the denoising tree of a recipe and what it costs",
     "export": "write a run's weights as a diffusers pipeline or LoRA",
     "doctor": "say what this installation can do and what is missing",

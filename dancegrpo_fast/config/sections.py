@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from dancegrpo_fast.config.agreement import disagreements, show
@@ -19,12 +21,27 @@ class Section(BaseModel):
     )
 
 
+FAMILY_NAMES = (
+    "flux", "hunyuan_video", "qwen_image", "qwen_image_edit", "sd", "sd3", "skyreels_i2v",
+    "wan", "wan_i2v",
+)  # fmt: skip
+
+
+def _one_family(name: str) -> str:
+    """A name of ours, or a file and a class; that the file exists is asked when it is loaded."""
+    if name in FAMILY_NAMES or re.fullmatch(r".+\.py:\w+", name):
+        return name
+    if name.endswith(".py"):
+        raise ValueError(f"which class of the file? write {name}:ClassName")
+    ours = f"{', '.join(map(repr, FAMILY_NAMES[:-1]))} or {FAMILY_NAMES[-1]!r}"
+    near = difflib.get_close_matches(name, FAMILY_NAMES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"must be {ours}, or path/to/file.py:ClassName for your own{hint}")
+
+
 class ModelConfig(Section):
-    family: Literal[
-        "flux", "hunyuan_video", "qwen_image", "qwen_image_edit", "sd", "sd3", "skyreels_i2v",
-        "wan", "wan_i2v",
-    ]  # fmt: skip
-    """Which of our model families loads the folder."""
+    family: Annotated[str, AfterValidator(_one_family)]
+    """A model family of ours, or `path/to/file.py:ClassName` for your own (docs/families.md)."""
     path: str
     """Folder of a diffusers pipeline (relative to the working directory), or its hub id."""
     revision: str | None = None
@@ -219,7 +236,9 @@ class ParallelConfig(Section):
     """`deepspeed`: what is sharded: optimizer, gradients too, weights too."""
     offload_optimizer: bool = False
     """`deepspeed`: optimizer state and step in host memory."""
-    attention: Literal["default", "native", "cudnn", "flash", "flash_3", "xformers"] = "default"
+    attention: Literal[
+        "default", "native", "cudnn", "flash", "flash_3", "flash_3_hub", "xformers"
+    ] = "default"  # fmt: skip
     """Attention backend of the trained networks; default leaves the model's own."""
     checkpointing: Literal["none", "full", "selective"] = "none"
     """Activations recomputed in the backward: none, all of a block, or all but its costliest."""

@@ -55,13 +55,12 @@ def whole_state(
 
 
 @contextmanager
-def _whole(tensor: Tensor) -> Iterator[Tensor]:
+def _whole(tensor: Any) -> Iterator[Tensor]:
     """A parameter or buffer gathered from the slices of FSDP2 or ZeRO 3."""
     if hasattr(tensor, "ds_id"):
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([tensor]):
-            yield tensor
+        tensor.all_gather()
+        yield tensor
+        tensor.partition()
     else:
         yield tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -63,6 +63,8 @@ class Family(ABC):
     """Names of the layers that a LoRA adapts unless the recipe says otherwise."""
     text_length: ClassVar[int]
     """Text tokens that the stock pipeline gives the network (`model.max_text_length` overrides)."""
+    sequence: ClassVar[str] = ""
+    """How tokens are split over processes: "ulysses", "replicated_text", or "" for not at all."""
     guidance_input: ClassVar[float | None] = None
     """Scale that the network takes as an input unless the recipe says otherwise; None: no input."""
     takes_image: ClassVar[bool] = False
@@ -99,6 +101,7 @@ class Family(ABC):
                 "folder, and this one has a single network; use model.guidance"
             )
         self.modules: dict[str, nn.Module] = {}
+        self.text_multiple = 1  # Split text must have a multiple of so many tokens.
         self._idle: dict[str, nn.Module] = {}  # Loaded components that are not working now.
 
     # ---- what a family writes ------------------------------------------------------------------
@@ -142,6 +145,10 @@ class Family(ABC):
         """Literal arguments that make the stock pipeline draw what the recipe draws."""
 
     # ---- what a family may change --------------------------------------------------------------
+
+    def token_patch(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of the latent in one token; needed where `sequence` is not ""."""
+        return 1, 2, 2
 
     def read_action_box(self) -> Box | None:
         """The action box, from configurations alone."""

@@ -48,6 +48,7 @@ class FluxFamily(Family):
     blocks = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     text_length = 512
+    sequence = "ulysses"
     guidance_input = 3.5
 
     def read_latent_shape(self) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ class HunyuanVideoFamily(Family):
     blocks = ("transformer_blocks", "single_transformer_blocks")
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     text_length = 256
+    sequence = "replicated_text"
     guidance_input = 6.0
 
     def read_latent_shape(self) -> tuple[int, ...]:
@@ -69,6 +70,10 @@ class HunyuanVideoFamily(Family):
         """The scale that the network takes as an input."""
         given = self.config.embedded_guidance
         return self.guidance_input if given is None else given
+
+    def token_patch(self) -> tuple[int, int, int]:
+        network = self.source.config("transformer")
+        return network["patch_size_t"], network["patch_size"], network["patch_size"]
 
     def embed(self, pipeline: Any, prompt: Prompt) -> Condition:
         """Text embeddings [length, D] without padding, and the pooled vector [D']."""

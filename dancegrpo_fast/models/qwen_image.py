@@ -44,6 +44,7 @@ class QwenImageFamily(Family):
         "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     ]  # fmt: skip
     text_length = 512
+    sequence = "ulysses"
 
     def read_latent_shape(self) -> tuple[int, ...]:
         config, vae = self.config, self.source.config("vae")
@@ -99,10 +100,17 @@ class QwenImageFamily(Family):
         pictures = [latents, inputs["image"]] if "image" in inputs else [latents]
         sizes = [(1, x.shape[-2] // 2, x.shape[-1] // 2) for x in pictures]
         patches = torch.cat([pack(x.to(self.dtype)) for x in pictures], dim=1)
+        text, mask = inputs["text"].to(self.dtype), None
+        if missing := -text.shape[1] % self.text_multiple:
+            # Split text is padded, and the padding masked: exact, but slower than none.
+            mask = text.new_ones(text.shape[:2], dtype=torch.bool)
+            mask = torch.nn.functional.pad(mask, (0, missing))
+            text = torch.nn.functional.pad(text, (0, 0, 0, missing))
         output = module(
             hidden_states=patches,
             timestep=timesteps / 1000,
-            encoder_hidden_states=inputs["text"].to(self.dtype),
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=mask,
             img_shapes=[sizes] * len(latents),
             return_dict=False,
         )[0]

@@ -50,6 +50,7 @@ class QwenImageEditFamily(QwenImageFamily):
     encoders = ("tokenizer", "text_encoder", "processor")
     replaced = ("processor",)
     text_length = MAX_TEXT
+    sequence = ""  # The image's tokens would have to be split by themselves.
     takes_image = True
 
     def read_latent_shape(self) -> tuple[int, ...]:

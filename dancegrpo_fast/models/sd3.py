@@ -48,6 +48,7 @@ class StableDiffusion3Family(Family):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     ]  # fmt: skip
     text_length = 256
+    sequence = "replicated_text"
 
     def read_latent_shape(self) -> tuple[int, ...]:
         config = self.config
@@ -80,6 +81,10 @@ class StableDiffusion3Family(Family):
         patches = (self.latent_shape[2] // patch) * (self.latent_shape[3] // patch)
         mu = calculate_shift(scheduler, patches, max_shift=1.16)  # FLUX's pipeline has 1.15.
         return Grid(scheduler, self.networks, mu=mu)
+
+    def token_patch(self) -> tuple[int, int, int]:
+        side = self.source.config("transformer")["patch_size"]
+        return 1, side, side
 
     def embed(self, pipeline: Any, prompt: Prompt) -> Condition:
         """CLIP's and T5's hidden states one after the other, and CLIP's pooled vectors."""

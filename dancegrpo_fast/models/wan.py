@@ -35,6 +35,7 @@ class WanFamily(Family):
     blocks = ("blocks",)
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     text_length = 512
+    sequence = "ulysses"
 
     def read_latent_shape(self) -> tuple[int, ...]:
         config, vae = self.config, self.source.config("vae")
@@ -52,6 +53,10 @@ class WanFamily(Family):
             )
         frames = (config.frames - 1) // time + 1
         return vae["z_dim"], frames, config.height // space, config.width // space
+
+    def token_patch(self) -> tuple[int, int, int]:
+        frames, rows, columns = self.source.config("transformer")["patch_size"]
+        return frames, rows, columns
 
     def embed(self, pipeline: Any, prompt: Prompt) -> Condition:
         """Text embeddings, zero-padded to `model.max_text_length`."""

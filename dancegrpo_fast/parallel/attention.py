@@ -134,13 +134,14 @@ def set_attention(module: Any, name: str, *, masked: bool) -> None:
     """
     row = BACKENDS[name]
     if not masked and type(module).__name__ in _ALWAYS_MASKED:
-        joint = joint_attention(module)
-        if joint.takes_mask:
-            joint.takes_mask = False
+        processor = joint_attention(module)
+        if processor.takes_mask:
+            processor.takes_mask = False
             module.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
     if row.diffusers is None:
         return
-    if type(module).__name__ in JOINT_NETWORKS:
+    joint = type(module).__name__ in JOINT_NETWORKS
+    if joint:
         joint_attention(module)  # SD3's stock processor never asks for a backend.
     from diffusers.models.attention_dispatch import (
         AttentionBackendName,
@@ -155,7 +156,7 @@ def set_attention(module: Any, name: str, *, masked: bool) -> None:
     assert processors, f"{type(module).__name__} has no attention that takes a backend"
     for processor in processors:
         processor._attention_backend = backend
-    if row.narrow:
+    if name != "native" and not joint:  # SDPA and our processor see to it themselves.
         equal_dtypes(module)
 
 
@@ -181,6 +182,8 @@ def _narrowed(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tenso
 
 def _refuse_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The promise that the mask is all true, checked without waiting for the GPU."""
+    if joint_attention(module).takes_mask:  # A stock pipeline at work: it pads, and is masked.
+        return
     mask = kwargs["encoder_attention_mask"] if len(args) < 4 else args[3]
     torch._assert_async(mask.bool().all(), "text with padding, and attention was set without mask")
 

@@ -60,15 +60,17 @@ class World:
         copies, shards = weight_axes(parallel, size)
         if size == 1:
             return cls(0, 1, device)
+        seconds = timedelta(seconds=parallel.timeout_seconds)
         if not dist.is_initialized():
             # gloo beside NCCL: small exchanges of host values never touch the GPU's queue.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            seconds = timedelta(seconds=parallel.timeout_seconds)
             dist.init_process_group(backend, timeout=seconds)
         sp, kind = parallel.sp, device.type
         weights = init_device_mesh(kind, (copies, shards), mesh_dim_names=("replicate", "shard"))
         names = ("data", "ring", "ulysses")
         tokens = init_device_mesh(kind, (size // sp, 1, sp), mesh_dim_names=names)
+        for group in {*weights.get_all_groups(), *tokens.get_all_groups()}:
+            dist.distributed_c10d._set_pg_timeout(seconds, group)  # Not inherited by subgroups.
         return cls(dist.get_rank(), size, device, sp, weights, tokens)
 
     @property

@@ -1,0 +1,279 @@
+"""`sample`: whose weights, which seeds, the best by reward, and the files it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny_models import tiny_config, tiny_recipe
+
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.config import EvaluationConfig
+from dancegrpo_fast.models import load_family
+from dancegrpo_fast.prompt import Prompt
+from dancegrpo_fast.report.evaluate import initial_latents
+from dancegrpo_fast.report.samples import Row, contact_sheet, shown, write_mp4, write_png
+
+PROMPTS = ["a red dot", "a blue dot"]
+ASKED = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+STILL = {"model.frames": 1}
+
+
+def write_recipe(folder: Path, model: Path, changes=None) -> str:
+    file = folder / "r.yaml"
+    file.write_text(yaml.safe_dump(tiny_recipe(folder, model, changes)))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_wan_folder) -> Path:
+    """A finished LoRA run of images, its recipe beside; steps large enough to be seen in 8 bits."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("run")
+    changes = STILL | {"policy.train": "lora", "optimizer.learning_rate": 0.1}
+    assert main(["train", write_recipe(folder, tiny_wan_folder, changes)]) == 0
+    return folder / "run"
+
+
+def sampled(out: Path, source: Path | str, *options: str) -> dict[str, np.ndarray]:
+    """The command's images by file name."""
+    assert main(["sample", str(source), *ASKED, *options, "--out", str(out)]) == 0
+    return {file.name: np.asarray(Image.open(file)) for file in sorted(out.glob("*.png"))}
+
+
+def equal(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
+    """Up to one level: the stock pipeline and the live one may round differently."""
+    assert first.keys() == second.keys()
+    pairs = [(first[name].astype(int), second[name].astype(int)) for name in first]
+    return max(np.abs(a - b).max() for a, b in pairs) <= 1
+
+
+def expected_pixels(folder: Path, model: Path, changes, seeds: int, seed: int = 0) -> torch.Tensor:
+    """[prompts, seeds, F, 3, H, W] of the base model's stock pipeline, from the fixed noise."""
+    config = tiny_config(folder, model, changes)
+    family = load_family(config.model, torch.device("cpu"))
+    settings = EvaluationConfig(seeds=seeds, seed=seed)
+    jobs = [(p, s) for p in range(len(PROMPTS)) for s in range(seeds)]
+    latents = initial_latents(settings, jobs, family.latent_shape, family.device)
+    prompts = [Prompt(PROMPTS[p]) for p, _ in jobs]
+    pixels = family.draw(family.stock_pipeline(None, "full"), prompts, latents, 4)
+    return (pixels * 255).round().to(torch.uint8).unflatten(0, (len(PROMPTS), seeds))
+
+
+def test_images_are_the_stock_pipelines(tmp_path, tiny_wan_folder, capsys):
+    """PNG, bit for bit, and a line on each; the root of the noise moves them."""
+    recipe = write_recipe(tmp_path, tiny_wan_folder, STILL)
+    found = sampled(tmp_path / "out", recipe, "--seeds", "2")
+    last = capsys.readouterr().out.strip().split("\n")[-1]
+    assert last == f"4 samples in {tmp_path}/out, together on {tmp_path}/out/sheet/sheet.png"
+    names = [f"000{p}_a_{c}_dot_seed{s}.png" for p, c in ((0, "red"), (1, "blue")) for s in (0, 1)]
+    assert list(found) == names
+    expected = expected_pixels(tmp_path, tiny_wan_folder, STILL, 2).flatten(0, 1)[:, 0]
+    for name, pixels in zip(names, expected, strict=True):
+        assert np.array_equal(found[name], pixels.permute(1, 2, 0).numpy())
+    lines = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"prompt": PROMPTS[p], "file": names[2 * p + s], "seed": s} for p in (0, 1) for s in (0, 1)
+    ]
+    other = sampled(tmp_path / "other", recipe, "--seeds", "2", "--seed", "1")
+    assert not equal(found, other)
+
+
+@pytest.mark.parametrize("gif", [False, True])
+def test_videos(tmp_path, tiny_wan_folder, gif):
+    recipe = write_recipe(tmp_path, tiny_wan_folder)
+    out, options = tmp_path / "out", ["--gif"] if gif else ["--fps", "10"]
+    assert main(["sample", recipe, *ASKED, *options, "--out", str(out)]) == 0
+    expected = expected_pixels(tmp_path, tiny_wan_folder, {}, 1)[:, 0]
+    files = sorted(out.glob("*.gif" if gif else "*.mp4"))
+    assert [file.name[:5] for file in files] == ["0000_", "0001_"]
+    for file, pixels in zip(files, expected, strict=True):
+        if gif:
+            assert Image.open(file).n_frames == 5
+            continue
+        with av.open(str(file)) as container:
+            (stream,) = container.streams.video
+            assert stream.average_rate == 10 and stream.codec_context.name == "h264"
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        found = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        assert found.shape == pixels.shape == (5, 3, 16, 16)
+        # Random colours at half the colour resolution: the picture as a whole must be right.
+        assert (found.float() - pixels.float()).mean(dim=(1, 2, 3)).abs().max() < 6
+
+
+def test_weights_of_a_run_and_of_what_it_exported(tmp_path, run):
+    """The snapshot through our networks, the export through the stock loader: one picture."""
+    recipe = run / "recipe.yaml"
+    trained = sampled(tmp_path / "run", run)
+    exported = sampled(tmp_path / "final", recipe, "--weights", str(run / "final"))
+    base = sampled(tmp_path / "base", recipe)
+    assert equal(trained, exported) and not equal(trained, base)
+
+
+def test_lora_scale(tmp_path, run):
+    recipe, final = run / "recipe.yaml", ["--weights", str(run / "final")]
+    base, trained = sampled(tmp_path / "base", recipe), sampled(tmp_path / "run", run)
+    for name, source in {"live": [run], "stock": [recipe, *final]}.items():
+        found = {
+            scale: sampled(tmp_path / f"{name}{scale}", *source, "--lora-scale", scale)
+            for scale in ("0", "0.5", "1")
+        }
+        assert equal(found["0"], base) and equal(found["1"], trained)
+        assert not equal(found["0.5"], base) and not equal(found["0.5"], trained)
+
+
+def test_whole_pipelines_as_weights(tmp_path, tiny_wan_folder):
+    recipe = write_recipe(tmp_path, tiny_wan_folder, STILL)
+    base = sampled(tmp_path / "base", recipe)
+    whole = sampled(tmp_path / "whole", recipe, "--weights", str(tiny_wan_folder))
+    assert equal(base, whole)
+
+
+# ---- best of n -----------------------------------------------------------------------------------
+
+REWARD = '''
+import torch
+
+class Red:
+    name = "red"
+
+    def __call__(self, videos, prompts):
+        scores = videos[:, :, 0].mean(dim=(1, 2, 3))
+        return torch.where(scores == scores.max(), torch.nan, scores)
+'''
+
+
+def test_best_of_n(tmp_path, tiny_wan_folder):
+    """Of six the two reddest, best first; one whose score failed comes last."""
+    (tmp_path / "red.py").write_text(REWARD)
+    recipe = write_recipe(tmp_path, tiny_wan_folder, STILL)
+    reward = f"{tmp_path}/red.py:Red"
+    options = ["--best-of", "6", "--seeds", "2", "--reward", reward]
+    sampled(tmp_path / "out", recipe, *options)
+    pixels = expected_pixels(tmp_path, tiny_wan_folder, STILL, 6).float() / 255
+    means = pixels[:, :, :, 0].mean(dim=(2, 3, 4))
+    lines = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 4
+    for p in range(2):
+        order = means[p].argsort(descending=True).tolist()[1:3]  # The reddest of all failed.
+        kept = lines[2 * p : 2 * p + 2]
+        assert [line["seed"] for line in kept] == order
+        for line in kept:
+            # Accumulated in float32 over 768 values in another order.
+            assert abs(line["scores"]["red"] - means[p, line["seed"]].item()) < 1e-6
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+    sampled(tmp_path / "all", recipe, "--best-of", "6", "--seeds", "6", "--reward", reward)
+    lines = [json.loads(x) for x in (tmp_path / "all" / "samples.jsonl").read_text().splitlines()]
+    assert [lines[i]["scores"]["red"] is None for i in range(12)] == ([False] * 5 + [True]) * 2
+
+
+def test_best_by_the_recipes_rewards(tmp_path, tiny_wan_folder):
+    """Its weights count: a negative one keeps the darkest."""
+    (reward,) = tiny_recipe(tmp_path, tiny_wan_folder)["rewards"]
+    changes = STILL | {"rewards": [reward | {"weight": -2.0}]}
+    recipe = write_recipe(tmp_path, tiny_wan_folder, changes)
+    sampled(tmp_path / "out", recipe, "--best-of", "4")
+    means = expected_pixels(tmp_path, tiny_wan_folder, STILL, 4).float().mean(dim=(2, 3, 4, 5))
+    lines = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == means.argmin(dim=1).tolist()
+
+
+def test_scores_without_a_choice(tmp_path, tiny_wan_folder):
+    recipe = write_recipe(tmp_path, tiny_wan_folder, STILL)
+    sampled(tmp_path / "out", recipe, "--seeds", "2", "--reward", "colourfulness")
+    lines = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(line["scores"]["colourfulness"] > 0 for line in lines)
+
+
+# ---- images to start from ------------------------------------------------------------------------
+
+
+def test_prompt_file_with_images(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parent / "families"))
+    from case_wan_i2v import CASES
+
+    case = CASES[0]
+    model = case.build(tmp_path / "model")
+    prompts = case.made_prompts(tmp_path / "images")
+    rows = [{"prompt": prompt.text, "image": prompt.image.name} for prompt in prompts]
+    file = tmp_path / "images" / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    recipe = write_recipe(tmp_path, model, case.overrides())
+    out = tmp_path / "out"
+    assert main(["sample", recipe, "--prompts", str(file), "--out", str(out)]) == 0
+    assert len(list(out.glob("*.mp4"))) == 2
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def test_refusals_are_one_line(tmp_path, tiny_wan_folder, run, capsys):
+    recipe = write_recipe(tmp_path, tiny_wan_folder, STILL)
+    full, out = tmp_path / "full", str(tmp_path / "out")
+    full.mkdir()
+    (full / "file").write_text("")
+    cases = {
+        (recipe, "--best-of", "2", "--seeds", "3"): "--best-of = 2: must be at least --seeds = 3",
+        (recipe, "--seeds", "0"): "--seeds = 0: must be at least 1",
+        (recipe, "--best-of", "0"): "--best-of = 0: must be at least 1",
+        (recipe, "--lora-scale", "0.5"): "these weights are no LoRA; leave it out",
+        (recipe, "--weights", str(full)): "holds neither model_index.json nor pytorch_lora_weights",
+        (recipe, "--weights", str(tiny_wan_folder), "--lora-scale", "1"): "are no LoRA",
+        (str(run), "--weights", str(run / "final")): "goes with a recipe",
+        (recipe, "--reward", "nicest"): "no such reward",
+        (recipe, "--out", str(full)): "is not empty; name a new folder",
+    }
+    for arguments, message in cases.items():
+        capsys.readouterr()
+        assert main(["sample", *ASKED, "--out", out, *arguments]) == 2
+        lines = [x for x in capsys.readouterr().err.split("\n") if message in x]
+        assert len(lines) == 1, (arguments, message)
+    assert not Path(out).exists()
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_odd_sizes_and_every_colour(tmp_path):
+    """A PNG keeps every bit; an odd video keeps its size, its colours up to the coder's loss."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 7, 11), generator=generator, dtype=torch.uint8)
+    write_png(tmp_path / "a.png", image.transpose(1, 2))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), image.permute(2, 1, 0))
+    video = torch.zeros(3, 3, 33, 17, dtype=torch.uint8)
+    for frame, colour in enumerate(([250, 10, 10], [10, 250, 10], [10, 10, 250])):
+        video[frame] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+    write_mp4(tmp_path / "a.mp4", video, fps=8)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert np.stack(found).shape == (3, 33, 17, 3)
+    assert np.abs(np.stack(found).transpose(0, 3, 1, 2) - video.numpy().astype(int)).max() < 12
+
+
+def test_contact_sheet(tmp_path):
+    """Each prompt's samples in a row, in order; any text; not more rows than a picture holds."""
+    red, blue = (torch.zeros(1, 3, 8, 16, dtype=torch.uint8) for _ in range(2))
+    red[:, 0], blue[:, 2] = 255, 255
+    rows = [
+        Row("red, then blue \u4e2d\u6587 \U0001f600 " + "long " * 200, [red, blue], ["1", "2"]),
+        Row("", [blue], ["seed 0: 0.5"]),
+    ]
+    sheet = np.asarray(contact_sheet(rows)).astype(int)
+    colours = {
+        name: np.argwhere((sheet == colour).all(axis=-1))
+        for name, colour in {"red": (255, 0, 0), "blue": (0, 0, 255)}.items()
+    }
+    assert len(colours["red"]) == 160 * 80 and len(colours["blue"]) == 2 * 160 * 80
+    first = colours["blue"][colours["blue"][:, 0] <= colours["red"][:, 0].max()]
+    assert first[:, 1].min() > colours["red"][:, 1].max()
+    tall = contact_sheet([Row("a", [red], ["seed 0"])] * 300)
+    assert tall.height == contact_sheet([Row("a", [red], ["seed 0"])] * 100).height
+    video = torch.zeros(9, 3, 8, 8, dtype=torch.uint8)
+    assert shown(video) == [0, 4, 8] and shown(video[:1]) == [0] and shown(video[:2]) == [0, 1]
