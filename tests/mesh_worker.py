@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "families")]
 from conformance import Case  # noqa: E402
-from distributed_worker import whole_weights  # noqa: E402
 
 from dancegrpo_fast.parallel.world import World  # noqa: E402
 from dancegrpo_fast.prompt import Prompt  # noqa: E402
@@ -45,7 +45,6 @@ MESHES: dict[str, dict[str, Any]] = {
     "sp_lora": {"parallel.sp": 2, "policy.train": "lora"},
     "fsdp_sp_lora": {"parallel.sp": 2, "policy.train": "lora"},
 }
-RATE = 0.5  # Of plain SGD: a weight's change is its gradient times this.
 
 
 def case_of(family: str) -> Case:
@@ -77,12 +76,10 @@ def run(family: str, mesh: str, models: Path, folder: Path) -> dict[str, Any]:
         config = case.recipe(folder, models / family, changes)
         world = World.from_environment(config.parallel)
         trainer = Trainer(config, world)
-        trainer.engine.optimizers = {
-            key: torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=RATE)
-            for key, m in trainer.policy.modules.items()
-        }
-        before = whole_weights(trainer)
-        seen: dict[str, Any] = {}
+        seen: dict[str, Any] = {"gradients": {}}
+        trainer.engine.step = lambda name: seen["gradients"].update(  # type: ignore
+            whole_gradients(trainer, name)
+        )
         score = trainer.score
 
         def recorded(drawn: Any, prompts: Any) -> Any:
@@ -92,10 +89,17 @@ def run(family: str, mesh: str, models: Path, folder: Path) -> dict[str, Any]:
 
         trainer.score = recorded  # type: ignore[method-assign]
         seen["metrics"] = trainer.iteration()
-        after = whole_weights(trainer)
     seen["rewards"] = seen["rewards"].tolist()
-    seen["gradients"] = {k: (before[k].double() - after[k].double()) / RATE for k in before}
     return seen
+
+
+def whole_gradients(trainer: Trainer, name: str) -> dict[str, torch.Tensor]:
+    """What the optimizer of a network is about to step with, gathered from slices."""
+    return {
+        key: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).detach().clone()
+        for key, p in trainer.policy.trainable().items()
+        if key.startswith(f"{name}.") and p.grad is not None
+    }
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import torch
 from mesh_worker import FAMILIES, case_of, prompts_file, run
 
+LIMIT = 2e-4
 WORKER = Path(__file__).with_name("mesh_worker.py")
 TWO = [f"{family}/{mesh}" for family in FAMILIES for mesh in ("fsdp", "sp_checkpointed")]
 TWO += ["wan/ddp", "qwen/ddp", "flux/fsdp_lora", "hunyuan/sp_lora"]
@@ -95,14 +96,16 @@ def compare(pair: str, processes: int, folder: Path, alone) -> None:
             assert (sample - one["samples"][leaf]).abs().max() < 1e-5
     assert drawn == set(one["samples"])
     norms = torch.tensor([g.norm() for g in one["gradients"].values()])
-    # DESIGN section 6 has 2e-6 for one backward; here a gradient is read off a float32 weight
-    # (an ulp of the weight over the rate), after samples and advantages that differ by rounding.
+    # tests/parallel holds one backward to 2e-6. Here samples, and so rewards, differ by rounding
+    # first, and advantages divide that by the spread of a group's rewards.
     floor = 1e-3 * norms[norms > 0].median()
-    assert norms.max() > 100 * floor
+    errors = {}
     for name, expected in one["gradients"].items():
         for each in found:
             error = (each["gradients"][name] - expected).norm() / max(expected.norm(), floor)
-            assert error < 1e-3, f"{name}: gradient off by {error:.1e}"
+            errors[name] = max(float(error), errors.get(name, 0.0))
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] < LIMIT, f"{worst}: gradient off by {errors[worst]:.1e}"
 
 
 @pytest.mark.parametrize("pair", TWO)

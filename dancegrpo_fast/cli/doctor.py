@@ -14,7 +14,7 @@ from dataclasses import dataclass
 # What `train` imports; each is a distribution of the extra [train].
 _TRAIN = (
     "diffusers", "transformers", "peft", "safetensors", "pydantic", "pyyaml", "tqdm",
-    "tensorboard", "matplotlib", "pillow", "ftfy",
+    "tensorboard", "matplotlib", "pillow", "ftfy", "av", "huggingface_hub",
 )  # fmt: skip
 _MARKS = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}
 

@@ -239,7 +239,8 @@ def _project_out(attn: Any, image: Tensor) -> Tensor:
 
 def joint_attention(module: nn.Module) -> JointAttention:
     """The network's `JointAttention`, put in place of the stock processors at the first call."""
-    assert type(module).__name__ in JOINT_NETWORKS, type(module).__name__
+    name = type(module).__name__.removeprefix("FSDP")  # fully_shard renames the class.
+    assert name in JOINT_NETWORKS, name
     blocks = [
         *getattr(module, "transformer_blocks", []),
         *getattr(module, "single_transformer_blocks", []),
