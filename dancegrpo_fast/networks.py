@@ -8,12 +8,14 @@ from torch import Tensor
 
 from dancegrpo_fast.config import ParallelConfig, RunConfig, UserError
 from dancegrpo_fast.models import Family
+from dancegrpo_fast.models.loading import stored_tensors, weight_files
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.activations import prepare_blocks
 from dancegrpo_fast.parallel.attention import check_attention, set_attention
 from dancegrpo_fast.parallel.engine import Engine, make_engine
 from dancegrpo_fast.parallel.sequence import check_sequence, split_sequence
 from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.placing import like
 from dancegrpo_fast.policy import Policy
 
 
@@ -62,7 +64,7 @@ def assemble(
     if family.sequence == "ulysses":
         family.text_multiple = parallel.sp
     policy = Policy(
-        family.load().modules,
+        family.build(),
         config.policy,
         lora_targets=family.lora_targets,
         key=key,
@@ -77,11 +79,22 @@ def assemble(
             split_sequence(module, family.sequence, world.tokens)
         prepare_blocks(module, parallel, family.blocks)
         engine.shard(module, blocks=family.blocks, dtype=family.dtype)
+    for networks in (policy.modules, policy.frozen):
+        for name, module in networks.items():
+            family.fill(name, module)
+    policy.initialise_adapters(world.device)
     engine.ready()
     policy.start_average()
     return policy, engine
 
 
 def base_weights(family: Family, policy: Policy) -> dict[str, Tensor]:
-    """The base's weights of what is trained, read again from the pipeline's folder."""
-    raise NotImplementedError
+    """The base's weights of a policy trained in full, read again from the pipeline's folder."""
+    trained = policy.trainable()
+    found: dict[str, Tensor] = {}
+    for network in policy.modules:
+        for name, tensor in stored_tensors(weight_files(family.source.folder / network)):
+            parameter = trained.get(f"{network}.{name}")
+            if parameter is not None:
+                found[f"{network}.{name}"] = like(parameter, tensor)
+    return found

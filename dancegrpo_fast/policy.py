@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dancegrpo_fast.config import PolicyConfig, UserError
 from dancegrpo_fast.ops.noise import NoiseKey, normal
+from dancegrpo_fast.placing import assign
 
 ADAPTER = "default"
 
@@ -39,13 +40,13 @@ class Policy:
         needs_reference: bool,
     ) -> None:
         self.modules: dict[str, Any] = dict(modules)  # diffusers models: adapters come with peft
-        self.config = config
-        for position, module in enumerate(self.modules.values()):
+        self.config, self._key = config, key
+        for module in self.modules.values():
             # Rollout and training run the same mode: dropout would make the ratio differ from 1.
             module.eval().requires_grad_(False)
             if config.train == "lora":
                 targets = config.lora_targets or lora_targets
-                _add_lora(module, config, targets, key.fold_in(position))
+                _add_lora(module, config, targets)
             else:
                 module.requires_grad_(True)
             for parameter in module.parameters():
@@ -60,10 +61,25 @@ class Policy:
         self.ema: dict[str, Tensor] | None = None
         self.ema_updates = 0
 
+    def initialise_adapters(self, device: torch.device) -> None:
+        """Give adapters their first weights; not before the networks are where they will stay."""
+        for position, module in enumerate(self.modules.values()):
+            key = self._key.fold_in(position)
+            for index, (name, parameter) in enumerate(list(module.named_parameters())):
+                if "lora_A" in name:
+                    # peft's "gaussian" scale, from a key: the same on every rank and resume.
+                    draw = normal(tuple(parameter.shape), key.fold_in(index).draw())
+                    first = draw / self.config.lora_rank
+                elif "lora_B" in name:
+                    first = torch.zeros(tuple(parameter.shape))
+                else:
+                    continue
+                assign(module, name, first, torch.float32, device)
+
     def start_average(self) -> None:
         """Begin the average at the weights there are, once they are where they will stay."""
         if self.config.ema_decay is not None:
-            self.ema = {k: p.detach().clone() for k, p in self.trainable().items()}
+            self.ema = {k: held(p).clone() for k, p in self.trainable().items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by "module.parameter", in module order."""
@@ -98,7 +114,7 @@ class Policy:
         self.ema_updates += 1
         decay = min(self.config.ema_decay, (1 + self.ema_updates) / (10 + self.ema_updates))
         for name, parameter in self.trainable().items():
-            self.ema[name].lerp_(parameter.detach(), 1 - decay)
+            self.ema[name].lerp_(held(parameter), 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -113,7 +129,7 @@ class Policy:
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, the trainable parameters hold other values."""
         # Copied, not swapped: an engine may hold the parameters' storage.
-        own = {name: p.detach().clone() for name, p in self.trainable().items()}
+        own = {name: held(p).clone() for name, p in self.trainable().items()}
         self._copy_in(values)
         try:
             yield
@@ -123,12 +139,19 @@ class Policy:
     @torch.no_grad()
     def _copy_in(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.trainable().items():
-            parameter.copy_(values[name])
+            held(parameter).copy_(values[name])
 
 
-def _add_lora(
-    module: Any, config: PolicyConfig, targets: list[str], key: NoiseKey
-) -> None:
+def held(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a parameter, to read or to change in place.
+
+    ZeRO 3 leaves an empty parameter behind, and this process's slice beside it.
+    """
+    part: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return part.detach()
+
+
+def _add_lora(module: Any, config: PolicyConfig, targets: list[str]) -> None:
     from peft import LoraConfig
 
     try:
@@ -146,9 +169,3 @@ def _add_lora(
             f"policy.lora_targets = {targets}: no such layers in {type(module).__name__}; "
             f"give names of its linear layers ({error})"
         ) from error
-    with torch.no_grad():
-        for position, (name, parameter) in enumerate(module.named_parameters()):
-            if "lora_A" in name:
-                # peft's "gaussian" scale, drawn from a key: the same on every rank and resume.
-                draw = normal(tuple(parameter.shape), key.fold_in(position).draw())
-                parameter.copy_(draw / config.lora_rank)

@@ -18,7 +18,7 @@ PACKAGE = "dancegrpo_fast"
 LEVELS: tuple[set[str], ...] = (
     {"ops"},
     {"schedules", "dynamics", "transitions"},
-    {"policy", "batching", "tree", "trajectories", "advantages", "roles", "prompt"},
+    {"policy", "batching", "tree", "trajectories", "advantages", "roles", "prompt", "placing"},
     {"rollout", "losses", "models", "rewards", "parallel", "checkpoint", "data", "report", "quiet"},
     {"trainer", "updating", "run", "networks", "lock"},
     {"cli"},

@@ -31,6 +31,7 @@ def make_policy(tmp_path, folder, overrides=(), key=KEY) -> Policy:
         family.modules, config.policy,
         lora_targets=family.lora_targets, key=key, needs_reference=False,
     )  # fmt: skip
+    policy.initialise_adapters(CPU.device)
     policy.start_average()
     return policy
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dancegrpo_fast.config import ModelConfig, UserError
 from dancegrpo_fast.models.conditions import Condition, Conditions
-from dancegrpo_fast.models.loading import load as load_network
+from dancegrpo_fast.models.loading import build, fill
 from dancegrpo_fast.models.source import Grid, Source
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.trajectories import Place
@@ -185,12 +185,22 @@ class Family(ABC):
 
     # ---- what all families do ------------------------------------------------------------------
 
-    def load(self) -> Family:
-        """Load the networks onto the device; frozen weights keep `model.dtype`."""
+    def build(self) -> dict[str, nn.Module]:
+        """The networks on the meta device; all files that the run reads are there."""
         self.source.check(self.unused)
         for name in self.grid.networks:
             cls, folder = self.source.component_class(name), self.source.folder / name
-            self.modules[name] = load_network(cls, folder, self.dtype, self.device)
+            self.modules[name] = build(cls, folder)
+        return self.modules
+
+    def fill(self, name: str, module: nn.Module) -> None:
+        """Load one network's weights: trained ones in float32, frozen ones in `model.dtype`."""
+        fill(module, self.source.folder / name, self.dtype, self.device)
+
+    def load(self) -> Family:
+        """The networks on the device, with nothing trained or split."""
+        for name, module in self.build().items():
+            self.fill(name, module)
         return self
 
     @torch.no_grad()

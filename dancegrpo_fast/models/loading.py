@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dancegrpo_fast.config import UserError
+from dancegrpo_fast.placing import assign
 
 STEMS = ("diffusion_pytorch_model", "model")  # As diffusers and transformers name weight files.
 
@@ -30,27 +30,27 @@ def load(cls: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> nn
     """A frozen diffusers model of a component's folder, in evaluation mode; see `fill`."""
     module = build(cls, folder)
     fill(module, folder, dtype, device)
-    return module.requires_grad_(False)
+    return module
 
 
 def build(cls: Any, folder: Path) -> nn.Module:
-    """A diffusers model of a folder's `config.json`: parameters on meta, buffers real.
+    """A frozen diffusers model of a folder's `config.json`: parameters on meta, buffers real.
 
     Buffers that no file holds (rope tables) are computed by the constructor, in float32.
     """
     with _parameters_on_meta():
         module: nn.Module = cls.from_config(cls.load_config(folder))
-    return module.eval()
+    return module.eval().requires_grad_(False)
 
 
 def fill(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Load a built module's weights.
 
     Args:
-        module: From `build`, perhaps sharded since: DTensor parameters keep mesh and placements,
+        module: From `build`, perhaps adapted and sharded since: DTensor parameters keep mesh and placements,
             and every process reads its own part without communication.
         folder: Holds one safetensors file, or several and their index.
-        dtype: Of floating-point weights, except what the class keeps in float32
+        dtype: Of floating-point weights, except what is trained, or what the class keeps in float32
             (`_keep_in_fp32_modules`).
         device: Where the weights go; DTensors go to the device of their mesh.
 
@@ -59,20 +59,27 @@ def fill(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.devi
             Nothing has been loaded then.
     """
     files = weight_files(folder)
-    wanted = module.state_dict()
-    _check(module, wanted, files)
-    exact = getattr(module, "_keep_in_fp32_modules", None) or []
+    state = module.state_dict()
+    # Adapters wrap the layers they adapt, and come from no file of the folder's.
+    names = {name.replace(".base_layer.", "."): name for name in state if ".lora_" not in name}
+    _check(module, {stored: state[name] for stored, name in names.items()}, files)
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    exact = set(getattr(module, "_keep_in_fp32_modules", None) or [])
+    for stored, tensor in stored_tensors(files):
+        if name := names.get(stored):
+            keep = name in trained or not exact.isdisjoint(stored.split("."))
+            assign(module, name, tensor, torch.float32 if keep else dtype, device)
+    for name, buffer in list(module.named_buffers()):
+        if name not in state:
+            assign(module, name, buffer, buffer.dtype, device)
+
+
+def stored_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of everything in some safetensors files, one at a time."""
     for file in files:
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118 (a safetensors handle, no dict)
-                if name not in wanted:
-                    continue
-                keep = not set(exact).isdisjoint(name.split("."))
-                tensor = stored.get_tensor(name)
-                _assign(module, name, tensor, torch.float32 if keep else dtype, device)
-    for name, buffer in list(module.named_buffers()):
-        if name not in wanted:
-            _assign(module, name, buffer, buffer.dtype, device)
+                yield name, stored.get_tensor(name)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -147,26 +154,6 @@ def _check(module: nn.Module, wanted: dict[str, Tensor], files: list[Path]) -> N
             f"({type(module).__name__}): {'; '.join(problems[:3])}{more}; fetch both again, from "
             "one revision"
         )
-
-
-def _assign(
-    module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Put a tensor where a parameter or buffer of this name stands."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    old: Any = owner._parameters.get(leaf)
-    if isinstance(old, DTensor):
-        # Every process reads the file itself: no rank's data has to be sent to another.
-        tensor = distribute_tensor(tensor, old.device_mesh, old.placements, src_data_rank=None)
-    else:
-        tensor = tensor.to(device)
-    if tensor.is_floating_point():
-        tensor = tensor.to(dtype)  # Only now: a GPU converts faster, and of a shard there is less.
-    if old is None:
-        owner._buffers[leaf] = tensor
-    else:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
 
 
 @contextmanager

@@ -168,20 +168,25 @@ class MovingShape:
             return videos.new_zeros((0, 3), dtype=torch.float32)
         finite = videos.isfinite().flatten(1).all(dim=1)
         videos = torch.where(finite[:, None, None, None, None], videos.float(), 0.0)
-        value = videos.amax(dim=2)
-        if float(value.max()) > 1.001 or float(videos.min()) < -0.001:
-            low, high = float(videos.min()), float(value.max())
+        low, high = (float(bound) for bound in videos.aminmax())
+        if high > 1.001 or low < -0.001:
             raise ValueError(
                 f"videos has values in [{low:.3f}, {high:.3f}], outside [0, 1]; "
                 "map the decoder's [-1, 1] to [0, 1] first"
             )
-        mask = _mask(value)
+        # On the CPU a few clips at a time stay in the cache, which is twice as fast and more.
+        size = 4 if videos.device.type == "cpu" else len(scenes)
+        chunks = zip(videos.split(size), _split(scenes, size), strict=True)
+        parts = torch.cat([self._parts(some, asked) for some, asked in chunks])
+        return torch.where(finite[:, None], parts, math.nan)
+
+    def _parts(self, videos: Tensor, scenes: list[Scene]) -> Tensor:
+        mask = _mask(videos.amax(dim=2))
         blob = _measure(mask, torch.tensor([_SPREAD[s.shape] for s in scenes], device=mask.device))
         colour = self._colour(videos, mask, scenes) * blob.present
         shape = self._shape(mask, blob, scenes)
         direction = self._direction(blob, scenes, mask.shape[-1])
-        parts = torch.stack([colour.mean(1), direction.mean(1), shape.mean(1)], dim=1)
-        return torch.where(finite[:, None], parts, math.nan)
+        return torch.stack([colour.mean(1), direction.mean(1), shape.mean(1)], dim=1)
 
     def _colour(self, videos: Tensor, mask: Tensor, scenes: list[Scene]) -> Tensor:
         """Colour agreement per frame, `[B, F]`."""
@@ -254,6 +259,10 @@ def _measure(mask: Tensor, spread: Tensor) -> _Blob:
     share = area / size**2
     present = ((share - 0.01) / 0.03).clamp(0, 1) * ((0.3 - share) / 0.15).clamp(0, 1)
     return _Blob(x, y, area, present, torch.exp(-(excess / 0.75).square()))
+
+
+def _split(scenes: list[Scene], size: int) -> list[list[Scene]]:
+    return [scenes[start : start + size] for start in range(0, len(scenes), size)]
 
 
 def _mask(value: Tensor) -> Tensor:

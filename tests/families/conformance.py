@@ -138,10 +138,12 @@ def stock_pixels(
 
 def policy_of(config: RunConfig, family: Family) -> Policy:
     """The policy of a recipe."""
-    return Policy(
+    policy = Policy(
         family.modules, config.policy,
         lora_targets=family.lora_targets, key=KEY, needs_reference=False,
     )  # fmt: skip
+    policy.initialise_adapters(CPU.device)
+    return policy
 
 
 def move(policy: Policy, size: float) -> None:
