@@ -72,7 +72,8 @@ def leaf_advantages(
     Args:
         rewards: [P, G, R] with NaN where a reward failed.
         weights: [R]; rewards of weight 0 are only logged.
-        config: std, eps, scope, combine, clip and zero_variance.
+        config: std, eps, scope, combine, batch_normalise (GDPO, after the sum), clip and
+            zero_variance.
         prompts: [P] index of each prompt in the data set, for `scope = running`.
         running: The history, updated in place, for `scope = running`.
     """
@@ -98,7 +99,13 @@ def leaf_advantages(
             elif config.scope == "batch_std":
                 std_of = batch
             values[p, :, r], flat[p, r] = _normalise(group, mean_of, std_of, config)
-    values, column_weights = _combine(values, column_weights, config)
+    values, column_weights = _sum(values, column_weights, config)
+    if config.batch_normalise:
+        used = valid & ~flat.all(axis=1)[:, None]  # Groups without a spread say nothing.
+        for r in range(values.shape[2]):
+            normalised, _ = _normalise(values[used, r], values[used, r], values[used, r], config)
+            values[used, r] = normalised
+    values = np.clip(values, -config.clip, config.clip)
     return LeafAdvantages(values, column_weights, valid, float(flat.all(axis=1).mean()))
 
 
@@ -132,7 +139,8 @@ def edge_advantages(
             for state in plan.states:  # Parents come first, so an inherited value is ready.
                 if state.trained and _only_child(plan, state.index):
                     values[p, state.index] = values[p, state.parent]
-    return _combine(values, column_weights, config)
+    values, column_weights = _sum(values, column_weights, config)
+    return np.clip(values, -config.clip, config.clip), column_weights
 
 
 def check_credit(plan: TreePlan, rule: str) -> None:
@@ -180,10 +188,11 @@ def _columns(rewards: Array, weights: Array, combine: str) -> tuple[Array, Array
     return used * np.sign(kept), np.abs(kept)
 
 
-def _combine(values: Array, weights: Array, config: AdvantageConfig) -> tuple[Array, Array]:
+def _sum(values: Array, weights: Array, config: AdvantageConfig) -> tuple[Array, Array]:
+    """The weighted sum of the rewards' advantages, or each by itself."""
     if config.combine == "advantage":
-        values, weights = (values @ weights)[..., None], np.ones(1)
-    return np.clip(values, -config.clip, config.clip), weights
+        return (values @ weights)[..., None], np.ones(1)
+    return values, weights
 
 
 def _normalise(

@@ -169,10 +169,13 @@ class Trainer:
                 batch_size=self.config.rollout.batch_size,
                 groups=[p for p, _ in leaves],
                 metadata=[prompts[p].metadata for p, _ in leaves],
+                fps=self.config.model.fps,
                 progress=bar.update,
             )
         self.clip = (texts[0], own.clip) if leaves else None
         rewards = self.world.gather_rewards(own.values, self.scorer)
+        for _ in range(2):  # The first is answered by the second, before an update phase begins.
+            self.stopping.ask(until=SOON)
         for column, reward in enumerate(self.config.rewards):
             if reward.weight and not np.isfinite(rewards[..., column]).any():
                 self.save()
@@ -294,7 +297,7 @@ class Trainer:
         tensors = checkpoint.collect(self.policy, self.engine.optimizers)
         extra = {
             "ema_updates": self.policy.ema_updates,
-            "skipped": self.updater.skipped,
+            "skipped": [self.updater.skipped, self.updater.skipped_total],
             "seconds": self.seconds,
             "running": {str(p): h.tolist() for p, h in self.running.history.items()},
         }
@@ -308,7 +311,7 @@ class Trainer:
             return False
         self.done = snapshot.iteration
         self.policy.ema_updates = snapshot.extra["ema_updates"]
-        self.updater.skipped = snapshot.extra["skipped"]
+        self.updater.skipped, self.updater.skipped_total = snapshot.extra["skipped"]
         self.seconds = snapshot.extra["seconds"]
         self.running.history = {
             int(p): np.array(h, dtype=np.float64) for p, h in snapshot.extra["running"].items()

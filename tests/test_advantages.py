@@ -178,6 +178,31 @@ def test_combined_as_advantages() -> None:
     assert values(SEVERAL, WEIGHTS, combine="advantage", clip=2.25)[0].tolist() == [-2.25, 0, 2.25]
 
 
+def test_sums_are_normalised_over_the_iteration() -> None:
+    """GDPO: groups first, then the batch; failures and groups without a spread take no part."""
+    rewards = np.array(
+        [
+            [[0, 0], [1, 0], [2, 3], [NAN, 1]],
+            [[5, 1], [5, 4], [9, 1], [1, 2]],
+            [[3, 3], [3, 3], [3, 3], [3, 3]],
+        ],
+        dtype=np.float32,
+    )
+    weights = np.array([1.0, 0.5])
+
+    def normalised(v: np.ndarray) -> np.ndarray:
+        return (v - v.mean()) / v.std(ddof=1)
+
+    groups = [rewards[0, :3].astype(float), rewards[1].astype(float)]
+    sums = [normalised(g[:, 0]) + 0.5 * normalised(g[:, 1]) for g in groups]
+    expected = normalised(np.concatenate(sums))
+    found = values(rewards, weights, batch_normalise=True, eps=0.0)
+    np.testing.assert_allclose(np.concatenate([found[0, :3], found[1]]), expected, atol=1e-12)
+    assert found[0, 3] == 0 and not found[2].any()
+    plain = values(rewards, weights, eps=0.0)
+    assert np.abs(plain - found).max() > 0.1
+
+
 def test_combined_as_rewards() -> None:
     # Sums -2, 1, 4: mean 1, deviation 3.
     found = values(SEVERAL, WEIGHTS, combine="reward", eps=0)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.config import Interrupted, UserError, load_config
+from dancegrpo_fast.config import Interrupted, RunConfig, UserError, load_config
+from dancegrpo_fast.config.sections import Section
 
 RECIPE = {
     "output": "runs/x",
@@ -24,6 +29,11 @@ WINDOW = ["rollout.tree.kind=window"]
 POINTS = ["rollout.tree.kind=branch_points"]
 TRUNK = ["rollout.tree.kind=trunk_with_branches"]
 KINDS = "set that to branch_points or trunk_with_branches, or leave it at"
+
+OURS = (
+    "must be 'flux', 'hunyuan_video', 'qwen_image', 'qwen_image_edit', 'sd', 'sd3', "
+    "'skyreels_i2v', 'wan' or 'wan_i2v', or path/to/file.py:ClassName"
+)
 
 
 @pytest.fixture
@@ -49,7 +59,8 @@ BAD_FIELDS = [
     ("rollout.grup_size=3", "= 3: unknown key; did you mean rollout.group_size?"),
     ("rewards.0.wieght=2", "= 2: unknown key; did you mean rewards.0.weight?"),
     ("window_start=3", "= 3: unknown key; did you mean rollout.tree.window_start?"),
-    ("checkpoint.zzz=1", "= 1: unknown key; known here: every, keep"),
+    ("checkpoint.zzz=1", "= 1: unknown key; known here: every, keep, keep_every, "
+     "background, on_failure, grace_seconds"),
     # wrong types
     ("iterations=many", "= 'many': must be a whole number"),
     ("iterations=2.5", "= 2.5: must be a whole number"),
@@ -64,7 +75,10 @@ BAD_FIELDS = [
     ("optimizer.learning_rate=.nan", "= nan: must be a finite number"),
     # bad choices
     ("model.dtype=bfloat", "= 'bfloat': must be 'float32' or 'bfloat16'; did you mean bfloat16?"),
-    ("rollout.dynamics=xyz", "= 'xyz': must be 'dance', 'flow', 'flow_wan' or 'cps'"),
+    ("model.family=flix", f"= 'flix': {OURS} for your own; did you mean flux?"),
+    ("model.family=zzzzz", f"= 'zzzzz': {OURS} for your own"),
+    ("model.family=my.py", "= 'my.py': which class of the file? write my.py:ClassName"),
+    ("rollout.dynamics=xyz", "= 'xyz': must be 'dance', 'flow', 'flow_wan', 'cps', 'ddim' or 'vp'"),
     # out of range
     ("iterations=0", "= 0: must be greater than or equal to 1"),
     ("rollout.noise_level=0", "= 0: must be greater than 0"),
@@ -255,7 +269,7 @@ def test_missing_fields_say_what_they_are(recipe, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(raw))
     assert lines(recipe) == [
         "r.yaml: model.path: is missing; Folder of a diffusers pipeline (relative to the working "
-        "directory).",
+        "directory), or its hub id.",
         "r.yaml: rollout.steps: is missing; Denoising steps.",
         "r.yaml: loss: is missing; its required keys: micro_batch_size",
     ]
@@ -293,6 +307,57 @@ def test_a_check_does_not_guess_about_fields_that_are_wrong_themselves(recipe):
 def test_long_values_are_cut(recipe):
     (line,) = lines(recipe, ["iterations=" + "x" * 500])
     assert len(line) < 140 and "xxx...: must be a whole number" in line
+
+
+# --- the documentation
+
+
+def documented() -> dict[str, list[tuple[str, str]]]:
+    """Section -> (field, default as it stands there) of the tables in docs/start.md."""
+    text = (Path(__file__).parents[1] / "docs" / "start.md").read_text(encoding="utf-8")
+    text = text.split("\n## A recipe, section by section\n")[1].split("\n## ")[0]
+    found: dict[str, list[tuple[str, str]]] = {"": []}
+    section = ""
+    for line in text.splitlines():
+        if heading := re.match(r"\*\*`(.+?)`\*\*", line):
+            section = heading[1]
+            found[section] = []
+        elif line.startswith("| `"):
+            names, defaults = (cell.strip() for cell in line.split("|")[1:3])
+            fields = re.findall(r"`(\w+)`", names)
+            several = defaults.split(", ") if len(fields) > 1 else [defaults]
+            values = several if len(several) > 1 else several * len(fields)
+            found[section] += zip(fields, values, strict=True)
+    return found
+
+
+def declared(section: type[Section], prefix: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """(dotted name, class) of a section and those below it."""
+    yield prefix, section
+    for name, field in section.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from declared(kind, f"{prefix}.{name}".strip("."))
+
+
+def test_every_field_stands_once_in_the_docs_with_its_default():
+    sections, found = dict(declared(RunConfig)), documented()
+    assert found.keys() == sections.keys()
+    for name, section in sections.items():
+        # At the top level only what is no section itself.
+        fields = {k: f for k, f in section.model_fields.items() if name or k not in sections}
+        assert sorted(field for field, _ in found[name]) == sorted(fields), name
+        for field, shown in found[name]:
+            default = fields[field].get_default()
+            if fields[field].is_required():
+                assert shown == "*required*", f"{name}.{field}"
+            elif isinstance(default, Section):
+                assert shown == "a section", f"{name}.{field}"
+            else:
+                stated = yaml.safe_load(shown.strip("`"))
+                stated = float(stated) if isinstance(default, float) else stated
+                default = list(default) if isinstance(default, tuple) else default
+                assert stated == default, f"{name}.{field}"
 
 
 # --- command line

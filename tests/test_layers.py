@@ -20,7 +20,7 @@ LEVELS: tuple[set[str], ...] = (
     {"schedules", "dynamics", "transitions"},
     {"policy", "batching", "tree", "trajectories", "advantages", "roles", "prompt", "placing"},
     {"rollout", "losses", "models", "rewards", "parallel", "checkpoint", "data", "report", "quiet"},
-    {"trainer", "updating", "run", "networks", "lock"},
+    {"trainer", "planner", "updating", "run", "networks", "lock"},
     {"cli"},
     {"__main__"},
 )
@@ -43,6 +43,9 @@ ARROWS = {
     ("report", "rewards"),  # The Reward protocols: evaluation asks a reward for its parts.
     ("trainer", "updating"),
     ("trainer", "networks"),
+    ("planner", "networks"),  # It refuses what a run would refuse.
+    ("planner", "updating"),
+    ("policy", "placing"),
     ("run", "trainer"),
     ("run", "lock"),
 }

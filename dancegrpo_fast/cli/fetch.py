@@ -85,11 +85,11 @@ def fetch(config: RunConfig) -> Iterator[Fetched]:
     Raises:
         UserError: Something cannot be downloaded, or what came (or the folder) is incomplete.
     """
-    from dancegrpo_fast.models import FAMILIES
+    from dancegrpo_fast.models import family_class
 
     model = config.model
-    family = FAMILIES[model.family]
-    yield _pipeline(model.path, model.revision, "model.path", family.unused)
+    unused = family_class(model.family).unused
+    yield _pipeline(model.path, model.revision, "model.path", unused)
     if model.first_frame is not None:
         yield _pipeline(model.first_frame, None, "model.first_frame")
     for index, reward in enumerate(config.rewards):

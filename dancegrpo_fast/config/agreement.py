@@ -55,6 +55,7 @@ _ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (f"{_TREE}.branch_steps", f"{_TREE}.kind", ("branch_points", "trunk_with_branches")),
     (f"{_TREE}.branches", f"{_TREE}.kind", ("branch_points", "trunk_with_branches")),
     (f"{_TREE}.trunks", f"{_TREE}.kind", ("trunk_with_branches",)),
+    ("advantage.batch_normalise", "advantage.credit", ("leaf",)),
     ("advantage.running_window", "advantage.scope", ("running",)),
     ("parallel.dp_replicate", "parallel.engine", ("fsdp",)),
     ("parallel.dp_shard", "parallel.engine", ("fsdp",)),

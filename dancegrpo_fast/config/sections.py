@@ -54,6 +54,8 @@ class ModelConfig(Section):
     """Width of the samples in pixels."""
     frames: int = Field(default=1, ge=1)
     """Frames of one sample; 1 draws images."""
+    fps: float | None = Field(default=None, gt=0)
+    """Frames per second of the samples: for rewards on motion and for video files."""
     guidance: float = Field(default=1.0, ge=0)
     """Classifier-free guidance scale in rollout and training; 1 means one forward, no guidance."""
     guidance_2: float | None = Field(default=None, ge=0)
@@ -161,6 +163,8 @@ class AdvantageConfig(Section):
     """Advantages are clamped to [-clip, clip]."""
     zero_variance: float = Field(default=1e-6, ge=0)
     """A spread below this fraction of the rewards' magnitude gives advantage 0."""
+    batch_normalise: bool = False
+    """GDPO: the combined advantages are normalised once more, over the iteration."""
     credit: Literal["leaf", "depth", "siblings"] = "leaf"
     """How rewards reach edges: from the leaves below, per depth, or among one state's children."""
     best_of_n: int | None = Field(default=None, ge=2, multiple_of=2)

@@ -14,6 +14,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from inspect import getfile
 from pathlib import Path
 from typing import Protocol
 
@@ -159,6 +160,8 @@ class Embeddings:
         if not any(guided):
             del settings["negative_prompt"]
         settings["max_text_length"] = family.max_text_length
+        if ".py:" in config.family:  # A user's class: what it embeds may change with its file.
+            settings["family"] = [type(family).__name__, _file_hash(Path(getfile(type(family))))]
         parts = [*family.encoders, *(["vae"] if family.takes_image else [])]
         folders = {name: _component_hash(family.source.folder / name) for name in parts}
         text = json.dumps([FORMAT, settings, guided, folders], sort_keys=True)

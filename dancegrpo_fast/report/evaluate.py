@@ -21,6 +21,7 @@ from dancegrpo_fast.ops.noise import NoiseKey, keys_table, normal_batch
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import HasParts, Reward
+from dancegrpo_fast.rewards.interface import Samples, placed, score
 from dancegrpo_fast.roles import Role
 
 # (prompts, initial latents [B, C, F, H, W]) -> pixels [B, F, 3, H, W] in [0, 1]
@@ -97,6 +98,7 @@ def evaluate(
     latent_shape: Sequence[int],
     sample_shape: Sequence[int],
     world: World,
+    fps: float | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Evaluation:
     """Draw and score every prompt with every seed; prompts are spread over processes.
@@ -109,6 +111,7 @@ def evaluate(
         latent_shape: [C, F, H, W].
         sample_shape: [F, 3, H, W] of one sample.
         world: The processes; every one returns the whole evaluation.
+        fps: Frames per second of videos, for rewards that ask.
         progress: Called with the number of samples after each batch.
     """
     parts = np.array_split(np.arange(len(prompts)), world.data_size)
@@ -126,8 +129,10 @@ def evaluate(
     scores = torch.empty(len(jobs), len(rewards), dtype=torch.float64)
     part_names, part_values = _parts(rewards, videos, texts)
     if jobs:
-        pixels = videos.float() / 255
-        columns = [reward(pixels, texts).double().cpu() for reward in rewards]
+        metadata = [prompts[p].metadata for p, _ in jobs]
+        samples = Samples(videos, texts, fps, metadata=metadata, groups=[p for p, _ in jobs])
+        with placed(rewards, world.device):
+            columns = [score(reward, samples).values.double().cpu() for reward in rewards]
         scores = torch.stack(columns, dim=1)
     by_prompt = (len(own), config.seeds)
     found = (

@@ -52,7 +52,8 @@ def prompts(case, tmp_path_factory):
 
 
 def test_every_family_has_a_case():
-    assert {case.family for case in CASES} == set(FAMILIES)
+    ours = {case.family for case in CASES if ".py:" not in case.family}
+    assert ours == set(FAMILIES)
 
 
 def test_deterministic_rollout_is_the_stock_pipeline(case, folder, prompts, tmp_path):
