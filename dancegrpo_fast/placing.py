@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -39,6 +40,11 @@ def assign(
 
 def like(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     """A whole value as this process holds the parameter: its slice, dtype and device."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO 3: a slice of the flattened value, padded.
+        own: Any = parameter.ds_tensor
+        flat = tensor.flatten()[own.numel() * dist.get_rank() :][: own.numel()]
+        flat = nn.functional.pad(flat, (0, own.numel() - flat.numel()))
+        return flat.to(own.device, own.dtype)
     data: Any = parameter.data
     if isinstance(data, DTensor):
         mesh, placements = data.device_mesh, data.placements

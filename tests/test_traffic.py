@@ -30,7 +30,8 @@ def calls(found: dict, path: str) -> int:
 def test_weights_are_gathered_once_per_rollout(patterns):
     for name in ("ours", "ours, gradients once per update"):
         assert calls(patterns[name], "rollout/all_gather_tensor/inside") == GROUPS
-        assert calls(patterns[name], "rollout") == GROUPS, "nothing else moves in a rollout"
+        others = calls(patterns[name], "rollout") - calls(patterns[name], "rollout/values")
+        assert others == GROUPS, "no weights and no gradients move in a rollout otherwise"
         assert received(patterns["public"], "rollout") >= 50 * received(patterns[name], "rollout")
 
 

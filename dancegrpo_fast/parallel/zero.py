@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -39,7 +40,6 @@ def import_deepspeed(device: torch.device) -> Any:
     """
     # Else it says that it chose one.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         deepspeed = import_module("deepspeed")
     except ImportError as error:
@@ -48,6 +48,7 @@ def import_deepspeed(device: torch.device) -> Any:
             "'dancegrpo-fast[deepspeed]', or use fsdp"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(all_gather|reduce_scatter).* is deprecated.*")
     # Its collectives in shared memory would be compiled at start (a minute, g++ and ninja); saying
     # so here also spares the trial runs of compilers that find out what could be compiled.
     operators = import_module("deepspeed.ops").__dict__
@@ -260,18 +261,18 @@ class SlicedAdamW:
         for key in _MOMENTS:
             moment = _full(values[key])
             if self._stage == 3:
-                own = _own(parameter, moment)
+                own = slice_of(parameter, moment)
                 self._utils.safe_set_local_optimizer_state(parameter, own, key)
             else:
                 self._utils.safe_set_full_optimizer_state(parameter, moment, key)
         if self._stage < 3:
             self._utils.safe_set_full_fp32_param(parameter, parameter.data)
             return
-        own = _own(parameter, _full(values["weights"]))
+        own = slice_of(parameter, _full(values["weights"]))
         parameter.ds_tensor.data.copy_(own)
         self._utils.safe_set_local_fp32_param(parameter, own)
         if average is not None:
-            average.copy_(_own(parameter, _full(values["ema"])))
+            average.copy_(slice_of(parameter, _full(values["ema"])))
 
     def _cut(self, whole: Tensor) -> Tensor:
         if whole.dim() == 0:
@@ -285,13 +286,13 @@ def _full(tensor: Tensor) -> Tensor:
 
 def _whole(parameter: Any, own: Tensor) -> Tensor:
     """A ZeRO-3 parameter's tensor from all ranks' slices [n], the last ones padded."""
-    parts = own.new_empty(dist.get_world_size() * own.numel())
-    dist.all_gather_into_tensor(parts, own.detach().contiguous())
-    return parts[: parameter.ds_numel].view(parameter.ds_shape)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own.detach())
+    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
 
 
-def _own(parameter: Any, whole: Tensor) -> Tensor:
-    """This rank's slice [n] of a ZeRO-3 parameter's tensor, padded with zeros."""
+def slice_of(parameter: Any, whole: Tensor) -> Tensor:
+    """This rank's slice [n] of a ZeRO-3 parameter's whole tensor, padded with zeros."""
     count = parameter.ds_tensor.numel()
     own = whole.new_zeros(count)
     part = whole.flatten()[count * dist.get_rank() :][:count]
