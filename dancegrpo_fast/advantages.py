@@ -101,10 +101,11 @@ def leaf_advantages(
             values[p, :, r], flat[p, r] = _normalise(group, mean_of, std_of, config)
     values, column_weights = _sum(values, column_weights, config)
     if config.batch_normalise:
-        used = valid & ~flat.all(axis=1)[:, None]  # Groups without a spread say nothing.
-        for r in range(values.shape[2]):
-            normalised, _ = _normalise(values[used, r], values[used, r], values[used, r], config)
-            values[used, r] = normalised
+        silent = np.asarray(flat.all(axis=1))  # Groups without a spread say nothing.
+        used = valid & ~silent[:, None]
+        for r in range(len(column_weights)):
+            whole = values[used, r]
+            values[used, r], _ = _normalise(whole, whole, whole, config)
     values = np.clip(values, -config.clip, config.clip)
     return LeafAdvantages(values, column_weights, valid, float(flat.all(axis=1).mean()))
 

@@ -104,7 +104,7 @@ class LTXFamily(Family):
         return latents * std / vae.config.scaling_factor + mean
 
     def call_arguments(self) -> dict[str, Any]:
-        """What makes the stock pipeline draw the same: for `sample`, and for who loads the result."""
+        """What makes the stock pipeline draw the same: for `sample` and the result's users."""
         config = self.config
         return {
             "height": config.height,

@@ -297,12 +297,16 @@ def test_resume_says_what_it_changes(tmp_path, tiny_wan_folder, caplog):
     ]
 
 
-def test_resume_with_other_held_out_prompts_measures_the_base_anew(tmp_path, tiny_wan_folder):
-    """A kept evaluation of the base must never be compared with other prompts."""
+@pytest.mark.parametrize("trained", ["lora", "full"])
+def test_resume_with_other_held_out_prompts_measures_the_base_anew(
+    tmp_path, tiny_wan_folder, trained
+):
+    """A kept evaluation of the base must never be compared with other prompts; and it is the base
+    that is measured: adapters off, or the folder's weights put back for as long as it takes."""
     prompts = tmp_path / "held.txt"
     prompts.write_text("a red dog\na blue cat\n")
     changes = STOPPED | {"evaluation.prompts": str(prompts), "evaluation.seeds": 2}
-    config = tiny_config(tmp_path, tiny_wan_folder, changes)
+    config = tiny_config(tmp_path, tiny_wan_folder, changes | {"policy.train": trained})
     train(config)
     folder = Path(config.output)
     kept = list(folder.glob("evaluation-base-*.npz"))
@@ -314,6 +318,14 @@ def test_resume_with_other_held_out_prompts_measures_the_base_anew(tmp_path, tin
     train(config, resume=True)
     assert len(list(folder.glob("evaluation-base-*.npz"))) == 2
     assert json.loads((folder / "summary.json").read_text())["prompts"] == 3
+    before = state_of(config)[0]
+    prompts.write_text("a red dog\na blue cat\n")
+    first = Evaluation.load(kept[0])
+    kept[0].unlink()
+    train(config, resume=True)
+    assert np.array_equal(Evaluation.load(kept[0]).scores, first.scores)
+    for name, value in state_of(config)[0].items():
+        assert torch.equal(value, before[name]), f"{name} was not put back"
 
 
 def test_a_failed_reward_of_weight_zero_enters_no_total():

@@ -147,7 +147,7 @@ class Family(ABC):
     # ---- what a family may change --------------------------------------------------------------
 
     def token_patch(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of the latent in one token; needed where `sequence` is not ""."""
+        """Frames, rows and columns of the latent in one token; read where `sequence` is not ""."""
         return 1, 2, 2
 
     def read_action_box(self) -> Box | None:

@@ -47,8 +47,8 @@ def fill(module: nn.Module, folder: Path, dtype: torch.dtype, device: torch.devi
     """Load a built module's weights.
 
     Args:
-        module: From `build`, perhaps adapted and sharded since: DTensor parameters keep mesh and placements,
-            and every process reads its own part without communication.
+        module: From `build`, perhaps adapted and sharded since: DTensor parameters keep mesh and
+            placements, and every process reads its own part without communication.
         folder: Holds one safetensors file, or several and their index.
         dtype: Of floating-point weights, except what is trained, or what the class keeps in float32
             (`_keep_in_fp32_modules`).

@@ -49,7 +49,7 @@ class Case:
         prompts: Two prompts of different lengths (images are made by `images`).
         images: Writes the images that `prompts` need into a folder; returns the prompts.
         scheduler: Replaces the scheduler of a stock pipeline by the one we implement.
-        breaks: Name -> model or rollout overrides ("model.guidance": ...) or a function of a family,
+        breaks: Name -> overrides of the recipe ("model.guidance": ...) or a function of a family,
             each of which must break the equality with the stock pipeline by over 100 tolerances:
             guidance, shift, timestep scale, VAE scale.
         around: Holds while the case runs: what makes the stock pipeline itself small.
