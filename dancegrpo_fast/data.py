@@ -61,6 +61,20 @@ class PromptSet:
         """The prompts' texts."""
         return tuple(prompt.text for prompt in self.prompts)
 
+    def need_images(self, field: str) -> None:
+        """Refuse prompts without an image, for families that start from one.
+
+        Args:
+            field: Configuration field that named the file.
+        """
+        missing = [number for number, p in enumerate(self.prompts, 1) if p.image is None]
+        if missing:
+            raise UserError(
+                f"{field}: prompt {missing[0]} of {len(self.prompts)} has no image ({len(missing)} "
+                "have none), and this family starts from one; give a .jsonl file with an \"image\" "
+                "a line, or model.first_frame"
+            )
+
     def batch(self, iteration: int, seed: int, count: int) -> list[tuple[int, Prompt]]:
         """Returns the `count` prompts of one iteration as (index in the file, prompt).
 

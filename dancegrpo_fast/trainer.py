@@ -72,6 +72,8 @@ class Trainer:
             self.family = open_family(config.model, world.device)
             plan_iteration(config, self.family.grid, 0)
             check(config, self.family, world)
+            if self.family.needs_image:
+                self.prompts.need_images("data.prompts")
         except ValueError as error:  # The core's own words, before anything large is loaded.
             raise UserError(str(error)) from error
         self.embeddings = Embeddings(self.family, embeddings_folder(config), world)

@@ -53,6 +53,13 @@ def test_a_malformed_line_is_named(tmp_path, line, reason):
     assert "\n" not in message
 
 
+def test_prompts_without_images_are_refused_where_one_is_needed(tmp_path):
+    whole = PromptSet((Prompt("a", tmp_path / "a.png"),))
+    whole.need_images("data.prompts")
+    with pytest.raises(UserError, match="data.prompts: prompt 2 of 3 has no image .2 have none."):
+        PromptSet((*whole.prompts, Prompt("b"), Prompt("c"))).need_images("data.prompts")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -14,6 +14,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from inspect import getfile
 from pathlib import Path
 from typing import Protocol
@@ -38,7 +39,7 @@ FORMAT = 1  # Of the files and of what families put in them; raise it when eithe
 # Settings that do not reach `Family.embed`. Whatever is added to ModelConfig counts until it is
 # listed here: an embedding made twice is cheaper than a wrong one.
 _DRAWN = {"first_frame", "first_frame_steps"}
-_ELSEWHERE = {"path", "revision", "guidance", "guidance_2", "embedded_guidance", *_DRAWN}
+_ELSEWHERE = {"fps", "path", "revision", "guidance", "guidance_2", "embedded_guidance", *_DRAWN}
 _OF_IMAGES = {"height", "width", "frames", "vae_dtype", "vae_tiling"}
 _SMALL = (".json", ".txt", ".model", ".jinja")  # Configurations and vocabularies.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # Of each weight file, beside its header.
@@ -164,7 +165,8 @@ class Embeddings:
             settings["family"] = [type(family).__name__, _file_hash(Path(getfile(type(family))))]
         parts = [*family.encoders, *(["vae"] if family.takes_image else [])]
         folders = {name: _component_hash(family.source.folder / name) for name in parts}
-        text = json.dumps([FORMAT, settings, guided, folders], sort_keys=True)
+        made_by = {name: version(name) for name in ("diffusers", "transformers")}
+        text = json.dumps([FORMAT, settings, guided, folders, made_by], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property

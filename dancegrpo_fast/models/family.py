@@ -146,6 +146,11 @@ class Family(ABC):
 
     # ---- what a family may change --------------------------------------------------------------
 
+    @property
+    def needs_image(self) -> bool:
+        """Whether every prompt must bring its image."""
+        return self.takes_image and self.config.first_frame is None
+
     def token_patch(self) -> tuple[int, int, int]:
         """Frames, rows and columns of the latent in one token; read where `sequence` is not ""."""
         return 1, 2, 2
