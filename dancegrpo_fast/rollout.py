@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from dancegrpo_fast.advantages import check_credit
-from dancegrpo_fast.config import RolloutConfig, RunConfig
 from dancegrpo_fast.batching import micro_batches
+from dancegrpo_fast.config import RolloutConfig, RunConfig
 from dancegrpo_fast.models.conditions import Conditions
-from dancegrpo_fast.models.family import DTYPES, Family, evaluate
+from dancegrpo_fast.models.family import DTYPES, Box, Family, evaluate
 from dancegrpo_fast.models.source import Grid
 from dancegrpo_fast.ops import sample_transition
-from dancegrpo_fast.ops.noise import DrawKey, NoiseKey, keys_table, normal_batch, randint
+from dancegrpo_fast.ops.noise import NoiseKey, keys_table, normal_batch
 from dancegrpo_fast.roles import Role
 from dancegrpo_fast.schedules import Schedule
 from dancegrpo_fast.trajectories import Fan, Place, Trajectories
@@ -34,17 +34,20 @@ from dancegrpo_fast.tree import (
     trunk_with_branches,
     window,
 )
+from dancegrpo_fast.windows import thinned, window_start, without_history_across
 
 
 def plan_iteration(config: RunConfig, grid: Grid, iteration: int) -> TreePlan:
     """The tree of every prompt of an iteration, checked against the credit rule."""
-    key = NoiseKey.from_seed(config.seed).fold_in(Role.WINDOW).fold_in(iteration).draw()
-    plan = plan_trees(config.rollout, grid.schedule(config.rollout), key)
+    key = NoiseKey.from_seed(config.seed).fold_in(Role.WINDOW)
+    plan = plan_trees(config.rollout, grid.schedule(config.rollout), iteration, key)
     check_credit(plan, config.advantage.credit)
-    return plan
+    return without_history_across(plan, grid.module_names(plan.schedule))
 
 
-def plan_trees(config: RolloutConfig, schedule: Schedule, key: DrawKey) -> TreePlan:
+def plan_trees(
+    config: RolloutConfig, schedule: Schedule, iteration: int, key: NoiseKey
+) -> TreePlan:
     """The tree a recipe describes; `key` draws the window's start where it is left open."""
     tree, size = config.tree, config.group_size
     final, train_last = config.final, config.train_last
@@ -55,19 +58,23 @@ def plan_trees(config: RolloutConfig, schedule: Schedule, key: DrawKey) -> TreeP
             return independent_roots(schedule, size, final=final, train_last=train_last)
         case "window":
             assert tree.window_size is not None
-            start = tree.window_start
-            if start is None:
-                end = schedule.steps if config.train_last else schedule.steps - 1
-                low, high = tree.window_range or (0, end)
-                start = randint(low, high - tree.window_size + 1, key)
+            start, solver = window_start(config, iteration, key), "ode"
+            if tree.flash is not None:
+                schedule = thinned(schedule, start + tree.window_size, tree.flash)
+                solver = "multistep"
             return window(
-                schedule, size, start, tree.window_size, final=final, train_last=train_last
-            )
+                schedule, size, start, tree.window_size,
+                final=final, train_last=train_last, solver=solver,
+            )  # fmt: skip
         case "branch_points":
             assert tree.branches is not None
-            return branch_points(
-                schedule, tree.branch_steps, tree.branches, final=final, train_last=train_last
-            )
+            plan = branch_points(
+                schedule, tree.branch_steps, tree.branches,
+                noise_scale=tree.noise_scale, final=final, train_last=train_last,
+            )  # fmt: skip
+            if tree.window_size is None:
+                return plan
+            return plan.trained_within(window_start(config, iteration, key), tree.window_size)
         case "trunk_with_branches":
             assert tree.branches is not None
             return trunk_with_branches(
@@ -89,6 +96,7 @@ def draw_trees(
     rank: int,
     batch_size: int,
     latent_dtype: str = "float32",
+    keep_outputs: bool = False,
     forwards: Sequence[int] | None = None,
     progress: Callable[[int], object] = lambda count: None,
     at_step: Callable[[], object] = lambda: None,
@@ -106,6 +114,7 @@ def draw_trees(
         rank: This process.
         batch_size: States per forward.
         latent_dtype: Storage of latents; the network and the log-prob see the rounded values.
+        keep_outputs: Store the model's output at states with a trained child.
         forwards: [steps] forwards that every rank makes at each step (`forwards_per_step`); a rank
             with fewer repeats its last. None: each makes what it needs.
         progress: Called with the number of states after each forward.
@@ -118,6 +127,7 @@ def draw_trees(
     drawn = Trajectories(plan, coefficients, leaves)
     kinds = conditions.kinds
     front = _draw_roots(family, plan, held, keys, conditions, DTYPES[latent_dtype])
+    histories = _Histories(drawn, family.action_box)
     for step in range(plan.schedule.steps):
         at_step()
         drawn.keep(front)
@@ -140,13 +150,60 @@ def draw_trees(
                 following[edge] = sampled.next_latents[row]
                 if plan.states[edge[1]].kind == "sde":
                     drawn.log_prob[edge] = sampled.log_prob[row]
+            for row, place in enumerate(batch):
+                kids = plan.children[place[1]]
+                if keep_outputs and any(plan.states[kid].trained for kid in kids):
+                    drawn.outputs[place] = output[row]
+                histories.step(place, latents[row].float(), output[row], following)
             progress(len(batch))
             made += 1
         for _ in range(0 if forwards is None else forwards[step] - made):
             evaluate(family, modules[names[step]], plan, conditions, batch, latents)
         front = following
+        histories.next_level()
     drawn.keep(front)
     return drawn
+
+
+class _Histories:
+    """The x0 estimates that second-order steps take from the state before."""
+
+    def __init__(self, drawn: Trajectories, box: Box | None) -> None:
+        self.drawn = drawn
+        self.inside = tuple(slice(*side) for side in box) if box is not None else ...
+        self.before: dict[Place, Tensor] = {}  # By state: estimate at its parent.
+        self.here: dict[Place, Tensor] = {}  # The same for the next level.
+
+    def step(
+        self, place: Place, latents: Tensor, output: Tensor, following: dict[Place, Tensor]
+    ) -> None:
+        """Use and leave histories at one state.
+
+        Args:
+            place: The state.
+            latents: [C, F, H, W] x of the state, as stored.
+            output: [C, F, H, W] m at the state.
+            following: The next level's latents; those behind an edge with a history are replaced.
+        """
+        plan, coefficients = self.drawn.plan, self.drawn.coefficients
+        for child in plan.children[place[1]]:
+            edge = (place[0], child)
+            if edge not in following:
+                continue  # Another process draws it.
+            a, b, *_, p, q = coefficients[child]
+            if any(plan.states[grandchild].history for grandchild in plan.children[child]):
+                self.here[edge] = p * latents + q * output.float()
+            if plan.states[child].history:
+                # Not from the op's step, which is rounded to the storage dtype already.
+                moved = a * latents + b * output.float()
+                moved += plan.history_factors[child] * self.before[place]
+                whole = latents.clone()
+                whole[self.inside] = moved[self.inside]
+                following[edge] = whole.to(following[edge].dtype)
+
+    def next_level(self) -> None:
+        """What was left here is what the next level uses."""
+        self.before, self.here = self.here, {}
 
 
 def forwards_per_step(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -40,16 +42,19 @@ def train(config: RunConfig, *, resume: bool = False) -> Path | None:
 
     Raises:
         UserError: Anything in the recipe that does not fit, before work is done.
-        Interrupted: SIGINT or SIGTERM; the run continues with --resume latest.
+        Interrupted: A signal, or a process that is gone; the run continues with --resume latest.
     """
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    world = World.from_environment(config.parallel)
-    lock = FolderLock(Path(config.output), world)
+    world: World | None = None
+    lock: FolderLock | None = None
     run: _Run | None = None
     try:
-        if restarts and not resume:
-            logger.warning("torchrun restart %d: resuming from the newest snapshot", restarts)
+        world = World.from_environment(config.parallel)
+        lock = FolderLock(Path(config.output), world)
+        restarts = _restarts(world)
         run = _Run(config, world, resume or restarts > 0, fresh_is_fine=restarts > 0)
+        if restarts and world.is_main:
+            done = run.trainer.done
+            logger.warning("torchrun restart %d: going on after iteration %d", restarts, done)
         with run.trainer.stopping.listening():
             try:
                 return run.to_end()
@@ -59,13 +64,25 @@ def train(config: RunConfig, *, resume: bool = False) -> Path | None:
         at = run.trainer.saved_iterations() if run else []
         kept = f"the newest snapshot holds {at[-1]}" if at else "there is no snapshot yet"
         raise Interrupted(f"{config.output}: interrupted at once; {kept}") from None
-    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
-        if world.size > 1 and _is_lost_peer(error):
-            raise UserError(_lost_peer_message(config, world, run, error)) from error
+    except (RuntimeError, OSError, SafetensorError) as error:
+        if _is_lost_peer(error):
+            raise Interrupted(_lost_peer_message(config, run, error)) from error
+        if _is_full_disk(error):
+            told = f"{config.output}: {error}; make room and continue with --resume latest"
+            raise UserError(told) from error
         raise
     finally:
-        lock.release()
-        world.close()
+        if lock is not None:
+            lock.release()
+        if world is not None:
+            world.close()
+
+
+def _restarts(world: World) -> int:
+    """How often torchrun has restarted the processes: with several machines each counts its own."""
+    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    world.all_reduce(restarts, "max")
+    return int(restarts)
 
 
 def restore(folder: Path) -> Trainer:
@@ -94,6 +111,8 @@ class _Run:
             self.held_out = held_out.prompts
         started = time.perf_counter()
         self.trainer = Trainer(config, world)
+        if self.held_out and self.trainer.family.needs_image:
+            held_out.need_images("evaluation.prompts")
         if resume and not self.trainer.resume():
             begun = (self.folder / "metrics.jsonl").is_file()
             if (not begun and not fresh_is_fine) or self.trainer.saved_iterations():
@@ -103,7 +122,8 @@ class _Run:
                     + (" in another output folder" if begun else "")
                 )
             # Stopped before its first snapshot: nothing else could ever continue this folder.
-            logger.warning("%s: no snapshot yet, starting at iteration 0", self.folder)
+            if world.is_main:
+                logger.warning("%s: no snapshot yet, starting at iteration 0", self.folder)
         done = self.trainer.done
         self.log: MetricsLog | None = None
         if world.is_main:
@@ -186,12 +206,30 @@ class _Run:
         trainer = self.trainer
         if self.log is None:
             return
-        self.log.write(trainer.done, metrics)
-        if trainer.clip and (trainer.done == 1 or trainer.done % self.config.checkpoint.every == 0):
-            self.log.add_clip(trainer.clip[0], trainer.clip[1], trainer.done)
+        with self._full_disk_survived():
+            self.log.write(trainer.done, metrics)
+            every = self.config.checkpoint.every
+            if trainer.clip and (trainer.done == 1 or trainer.done % every == 0):
+                self.log.add_clip(trainer.clip[0], trainer.clip[1], trainer.done)
         shown = {"reward": metrics["reward/mean"], "gap": metrics["gate/max_gap"]}
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
         bar.update()
+
+    @contextmanager
+    def _full_disk_survived(self) -> Iterator[None]:
+        """Inside, the log is written; a disk that is full costs a picture, not the run."""
+        assert self.log is not None
+        try:
+            yield
+        except OSError as error:
+            if not _is_full_disk(error) or self.config.checkpoint.on_failure == "stop":
+                raise
+            logger.error(
+                "%s: iteration %d could not be logged (%s); the run goes on "
+                "(checkpoint.on_failure = continue)",
+                self.folder, self.trainer.done, error,
+            )  # fmt: skip
+            self.log.recover()
 
     # ---- evaluation ----------------------------------------------------------------------------
 
@@ -200,8 +238,8 @@ class _Run:
         if not self.held_out:
             return
         config, trainer = self.config, self.trainer
-        names = [reward.name for reward in config.rewards]
-        made_with = (self.held_out, config.evaluation, config.model, config.rollout.steps, names)
+        rewards = [reward.model_dump(exclude={"weight", "offload"}) for reward in config.rewards]
+        made_with = (self.held_out, config.evaluation, config.model, config.rollout.steps, rewards)
         # Named by all it depends on: a resumed run that changes any of it must not compare with it.
         digest = hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]
         kept = self.folder / f"evaluation-base-{digest}.npz"
@@ -241,6 +279,7 @@ class _Run:
                 latent_shape=trainer.family.latent_shape,
                 sample_shape=(model.frames, 3, model.height, model.width),
                 world=self.world,
+                fps=model.fps,
                 progress=bar.update,
             )
         self._spend("evaluate", started)
@@ -257,9 +296,11 @@ class _Run:
             "evaluation/standard_error": difference.standard_error,
             "evaluation/diversity": float(found.distances.mean()),
         }
-        self.log.write(iteration, values)
-        for prompt, clip in zip(self.held_out[:4], found.clips[:4], strict=False):
-            self.log.add_clip(f"held out {prompt.text}", torch.from_numpy(clip) / 255, iteration)
+        with self._full_disk_survived():
+            self.log.write(iteration, values)
+            for prompt, clip in zip(self.held_out[:4], found.clips[:4], strict=False):
+                clip = torch.from_numpy(clip) / 255
+                self.log.add_clip(f"held out {prompt.text}", clip, iteration)
 
     def _report(self, final: Path) -> Path | None:
         with self.trainer.policy.averaged():
@@ -274,7 +315,7 @@ class _Run:
             self.base,
             trained,
             {
-                "base": checkpoint.weights_hash(Path(self.config.model.path)),
+                "base": checkpoint.weights_hash(self.trainer.family.source.folder),
                 "trained": checkpoint.weights_hash(final),
             },
             self.trainer.seconds,
@@ -316,23 +357,29 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
+def _is_full_disk(error: Exception) -> bool:
+    # Libraries that write in Rust raise no OSError.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    return getattr(error, "errno", None) in full or any(os.strerror(n) in text for n in full)
+
+
+def _is_lost_peer(error: Exception) -> bool:
     """Whether a collective failed because another process is gone or does not answer."""
-    if isinstance(error, dist.DistBackendError | dist.DistNetworkError):
-        return True
+    if not isinstance(error, RuntimeError) or os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
     text = str(error).lower()
-    return any(sign in text for sign in ("gloo", "nccl", "timed out", "connection closed"))
+    signs = ("gloo", "nccl", "timed out", "connection closed")
+    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
-def _lost_peer_message(
-    config: RunConfig, world: World, run: _Run | None, error: RuntimeError
-) -> str:
+def _lost_peer_message(config: RunConfig, run: _Run | None, error: Exception) -> str:
     where = "while loading"
     if run is not None:
         stage = run.trainer.current or "between iterations"
         where = f"in iteration {run.trainer.done} ({stage})"
     return (
-        f"{config.output}: process {world.rank} got no answer from the others {where}: "
+        f"{config.output}: process {os.environ['RANK']} got no answer from the others {where}: "
         f"{' '.join(str(error).split())[:200]}; a process died or hangs (its own output says "
         f"more), or needs longer than parallel.timeout_seconds = "
         f"{config.parallel.timeout_seconds:g}; continue with --resume latest"

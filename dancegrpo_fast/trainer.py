@@ -43,6 +43,7 @@ from dancegrpo_fast.rollout import (
     held_states,
     plan_iteration,
 )
+from dancegrpo_fast.timesteps import edge_weights
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
 from dancegrpo_fast.tree import TreePlan
@@ -152,6 +153,7 @@ class Trainer:
                 rank=rank,
                 batch_size=rollout.batch_size,
                 latent_dtype=rollout.latent_dtype,
+                keep_outputs=self.config.loss.ratio_norm and self.updater.mode == "rollout",
                 forwards=forwards,
                 progress=bar.update,
                 at_step=lambda: self.stopping.ask(until=SOON),
@@ -214,10 +216,11 @@ class Trainer:
         """Which states this rank trains in which micro-batch of which update."""
         config = self.config
         selected, edge_values = advantages.valid, None
-        if config.advantage.best_of_n is not None:
-            selected = best_and_worst(advantages, config.advantage.best_of_n)
-        if config.advantage.credit != "leaf":
-            edge_values, _ = edge_advantages(plan, rewards, self.reward_weights, config.advantage)
+        rule = config.advantage
+        if rule.best_of_n is not None:
+            selected = best_and_worst(advantages, rule.best_of_n, rule.keep)
+        if rule.credit != "leaf":
+            edge_values, _ = edge_advantages(plan, rewards, self.reward_weights, rule)
         return build_updates(
             plan,
             advantages,
@@ -229,8 +232,11 @@ class Trainer:
             owner=self.owner,
             updates=config.loss.updates,
             timestep_fraction=config.loss.timestep_fraction,
+            timesteps=config.loss.timesteps,
+            timestep_scope=config.loss.timestep_scope,
             micro_batch_size=config.loss.micro_batch_size,
             edge_values=edge_values,
+            edge_weights=edge_weights(plan, self.family.grid.schedule(config.rollout), config),
             kinds=kinds,
         )
 

@@ -19,7 +19,7 @@ from dancegrpo_fast.losses.gate import (
     gap_limit,
     gap_report,
 )
-from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss, recompute_log_prob
+from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss, recompute
 from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.ops import POLICY_METRICS
@@ -37,6 +37,7 @@ class Updater:
 
     Attributes:
         skipped: Updates in a row that had no finite gradient.
+        skipped_total: All such updates of the run.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Updater:
         self.config, self.family, self.policy = config, family, policy
         self.engine, self.world = engine, world
         self.mode = old_log_prob_mode(config)
-        self.skipped = 0
+        self.skipped = self.skipped_total = 0
 
     def run(
         self,
@@ -58,7 +59,7 @@ class Updater:
     ) -> dict[str, float]:
         """Run every update; the ratio gate stands before the first optimizer step."""
         gate = RatioGate(drawn.plan.schedule.steps, self.world.device)
-        old = self._old_log_probs(updates, drawn, conditions, gate)
+        old, outputs = self._old_policy(updates, drawn, conditions, gate)
         totals = torch.zeros(len(POLICY_METRICS), dtype=torch.float64, device=self.world.device)
         metrics: dict[str, float] = {}
         norms: list[float] = []
@@ -73,6 +74,7 @@ class Updater:
                         divisor=update.divisor,
                         reward_weights=reward_weights,
                         old_log_prob=old[position][number],
+                        old_output=outputs[position][number],
                     )  # fmt: skip
                     self.engine.backward(call.module, result.loss)
                 if self.world.speaks:
@@ -86,28 +88,38 @@ class Updater:
         self.world.all_reduce(totals, "sum")
         metrics["update/grad_norm"] = float(np.mean(norms)) if norms else 0.0
         metrics["update/skipped"] = float(self.skipped)
-        return metrics | _means(totals)
+        metrics["update/skipped_total"] = float(self.skipped_total)
+        return metrics | _means(totals, self.config.loss.ratio_norm)
 
-    def _old_log_probs(
+    def _old_policy(
         self, updates: list[Update], drawn: Trajectories, conditions: Conditions, gate: RatioGate
-    ) -> list[list[Tensor | None]]:
-        """Old log-probs of every call: the rollout's, recomputed now, or None for on-policy."""
+    ) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
+        """Old log-probs of every call, and with `ratio_norm` the model outputs behind them.
 
-        def of_call(position: int, module: str, fan: Fan) -> Tensor | None:
+        The rollout's, recomputed now, or None for on-policy.
+        """
+
+        def of_call(position: int, module: str, fan: Fan) -> tuple[Tensor | None, Tensor | None]:
             if self.mode == "rollout":
-                return drawn.recorded_log_prob(fan.edges)
+                old = drawn.recorded_log_prob(fan.edges)
+                return old, drawn.recorded_output(fan.places) if normalise else None
             if self.mode == "recompute" and position > 0:
                 network = self.engine.modules[module]
-                return recompute_log_prob(fan, drawn, conditions, self.family, network)
-            return None
+                now = recompute(fan, drawn, conditions, self.family, network)
+                return now.log_prob, now.output if normalise else None
+            return None, None
 
-        rows: list[list[Tensor | None]] = []
+        normalise = self.config.loss.ratio_norm
+        log_probs: list[list[Tensor | None]] = []
+        outputs: list[list[Tensor | None]] = []
         for position, update in enumerate(updates):
-            rows.append([of_call(position, c.module, Fan.of_call(c)) for c in update.calls])
-            for call, values in zip(update.calls, rows[-1], strict=True):
+            rows = [of_call(position, c.module, Fan.of_call(c)) for c in update.calls]
+            log_probs.append([values for values, _ in rows])
+            outputs.append([output for _, output in rows])
+            for call, values in zip(update.calls, log_probs[-1], strict=True):
                 if self.mode == "recompute" and values is not None:
                     gate.record(call, drawn, values)
-        return rows
+        return log_probs, outputs
 
     def _pass_gate(
         self,
@@ -146,7 +158,9 @@ class Updater:
         else:
             # The norms are those of the summed gradients: every rank takes this branch together.
             self.skipped += 1
-            logger.warning("gradient norm %s is not finite: update skipped", norms)
+            self.skipped_total += 1
+            if self.world.is_main:
+                logger.warning("gradient norm %s is not finite: update skipped", norms)
             if self.skipped >= MAX_SKIPPED:
                 raise UserError(
                     f"optimizer.learning_rate = {self.config.optimizer.learning_rate}: "
@@ -166,9 +180,10 @@ def old_log_prob_mode(config: RunConfig) -> str:
     return mode
 
 
-def _means(totals: Tensor) -> dict[str, float]:
+def _means(totals: Tensor, ratio_norm: bool) -> dict[str, float]:
     """Means over trained transitions of the additive sums that `policy_loss` returns."""
     sums = dict(zip(POLICY_METRICS, totals.tolist(), strict=True))
     count = max(sums.pop("children"), 1.0)
-    del sums["old_distance"]  # No loss of ours passes an old output: always 0.
+    if not ratio_norm:
+        del sums["old_distance"]  # Without an old output it is always 0.
     return {f"policy/{name}": value / count for name, value in sums.items()}

@@ -5,21 +5,28 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CPU, tiny_config, tiny_wan
+import torch.distributed as dist
+import yaml
+from tiny_models import CPU, tiny_config, tiny_recipe
 
 from dancegrpo_fast import checkpoint
 from dancegrpo_fast.config import CheckpointConfig, Interrupted, UserError
 from dancegrpo_fast.lock import FolderLock
-from dancegrpo_fast.parallel.stopping import NOW, SOON, StopRequested, Stopping
+from dancegrpo_fast.parallel.meeting import agree
+from dancegrpo_fast.parallel.stopping import NOW, SOON, Stopping, StopRequested
 from dancegrpo_fast.parallel.world import World, scorers, weight_axes
+from dancegrpo_fast.report.metrics import read_metrics
 from dancegrpo_fast.run import train
 from dancegrpo_fast.trainer import Trainer
 
@@ -35,7 +42,8 @@ def snapshot(iteration: int, value: float = 1.0) -> checkpoint.Snapshot:
 
 
 def loaded(folder: Path) -> tuple[int, float]:
-    tensors = {"w": torch.zeros(1000)}
+    tensors = checkpoint.Collected()
+    tensors["w"] = torch.zeros(1000)
     found = checkpoint.load(folder, tensors, CPU)
     assert found is not None and (tensors["w"] == tensors["w"][0]).all()
     return found.iteration, float(tensors["w"][0])
@@ -134,9 +142,6 @@ sys.exit(main(["train", sys.argv[1]]))
 
 def test_a_run_survives_a_disk_that_fills(tmp_path, tiny_wan_folder):
     """The kernel refuses to write more than 20 kB a file during the second snapshot."""
-    import yaml
-    from tiny_models import tiny_recipe
-
     changes = {"checkpoint.every": 1, "iterations": 3, "checkpoint.keep": 3}
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(tiny_recipe(tmp_path, tiny_wan_folder, changes)))
@@ -147,6 +152,81 @@ def test_a_run_survives_a_disk_that_fills(tmp_path, tiny_wan_folder):
     assert "iteration 2 could not be saved" in done.stderr
     saved = sorted(p.name for p in (tmp_path / "run" / "snapshots").iterdir())
     assert saved == ["iteration-000001", "iteration-000003"]
+
+
+FULL_DISK = """
+import sys, torch
+from pathlib import Path
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.trainer import Trainer
+torch.set_num_threads(1)
+recipe, filler = sys.argv[1], Path(sys.argv[2])
+save, calls = Trainer.save, []
+def filled(self):
+    calls.append(1)
+    if len(calls) == 2:
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+    if len(calls) == 3:
+        filler.unlink(missing_ok=True)
+    return save(self)
+Trainer.save = filled
+code = main(["train", recipe])
+if filler.is_file():
+    filler.unlink()
+    print("first", code)
+    code = main(["train", recipe, "--resume", "latest"])
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)],
+        capture_output=True, text=True,
+    ) if shutil.which("mount") else None  # fmt: skip
+    if mounted is None or mounted.returncode:
+        why = mounted.stderr.strip() if mounted else "there is no mount"
+        pytest.skip(f"this test may not mount a tmpfs: {why}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_a_run_on_a_filled_file_system(tmp_path, tiny_wan_folder, small_disk, on_failure):
+    """Not a byte is left from the second snapshot to the third: log, clips and snapshot fail.
+
+    All prompts are embedded by then: an embedding that cannot be kept ends a run.
+    """
+    changes = {
+        "checkpoint.every": 1, "iterations": 4, "checkpoint.keep": 4, "output": str(small_disk),
+        "checkpoint.on_failure": on_failure, "data.prompts_per_iteration": 3,
+    }  # fmt: skip
+    file, script = tmp_path / "r.yaml", tmp_path / "full.py"
+    file.write_text(yaml.safe_dump(tiny_recipe(tmp_path, tiny_wan_folder, changes)))
+    script.write_text(FULL_DISK)
+    done = run_script(script, str(file), str(small_disk / "filler"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "iteration 2 could not be saved" in done.stderr
+    assert "the newest snapshot holds 1" in done.stderr
+    saved = sorted(path.name for path in (small_disk / "snapshots").iterdir())
+    if on_failure == "continue":
+        assert "iteration 3 could not be logged" in done.stderr
+        assert saved == [f"iteration-{i:06d}" for i in (1, 3, 4)]
+    else:
+        assert "make room and continue with --resume latest" in done.stderr
+        assert "first 2\n" in done.stdout and "Traceback" not in done.stderr
+        assert saved == [f"iteration-{i:06d}" for i in (1, 2, 3, 4)]
+    lines = read_metrics(small_disk / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
 
 
 def run_script(script: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
@@ -221,6 +301,31 @@ def test_interrupted_at_once_says_what_there_is(tmp_path, tiny_wan_folder, monke
     monkeypatch.setattr(Trainer, "sample", patched)
     with pytest.raises(Interrupted, match="interrupted at once; "):
         train(config)
+
+
+# ---- meeting ------------------------------------------------------------------------------------
+
+
+def test_restarted_processes_never_meet_an_earlier_start():
+    """torchrun's store keeps what every start wrote; the first one here lacked a process."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def meet(ranks: range, seconds: float) -> list[str | Exception]:
+        def one(rank: int) -> str | Exception:
+            own = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+            time.sleep((2 - rank) * 0.05)  # The others read before the main one writes.
+            try:
+                return agree(own, rank, 3, timedelta(seconds=seconds))
+            except RuntimeError as error:
+                return error
+
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(one, ranks))
+
+    assert all(isinstance(found, dist.DistStoreError) for found in meet(range(2), 0.5))
+    starts = [meet(range(3), 60.0) for _ in range(4)]
+    assert all(names[0] == names[1] == names[2] for names in starts)
+    assert len({names[0] for names in starts}) == 4
 
 
 # ---- meshes -------------------------------------------------------------------------------------

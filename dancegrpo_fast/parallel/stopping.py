@@ -40,7 +40,7 @@ class Stopping:
         self.agreed = NO
         self.told_by = ""
         self._told_at = 0.0
-        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = world.side_group()
         self._asked: tuple[torch.Tensor, Any] | None = None
 
     @contextmanager

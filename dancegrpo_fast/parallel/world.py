@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dancegrpo_fast.config import ParallelConfig, UserError
+from dancegrpo_fast.parallel.meeting import fresh_store
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -33,6 +35,7 @@ class World:
         weights: Axes (replicate, shard) that weights are spread over; None alone.
         tokens: Axes (data, ring, ulysses) that samples and tokens are spread over; None alone.
             "ring" has size 1: diffusers asks for it.
+        timeout: Processes that do not answer in a collective for so long end the run.
     """
 
     rank: int
@@ -41,6 +44,7 @@ class World:
     sp: int = 1
     weights: DeviceMesh | None = None
     tokens: DeviceMesh | None = None
+    timeout: timedelta = timedelta(seconds=1800)
 
     @classmethod
     def from_environment(
@@ -64,14 +68,17 @@ class World:
         if not dist.is_initialized():
             # gloo beside NCCL: small exchanges of host values never touch the GPU's queue.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=seconds)
+            store, rank, size = fresh_store(seconds)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=seconds
+            )
         sp, kind = parallel.sp, device.type
         weights = init_device_mesh(kind, (copies, shards), mesh_dim_names=("replicate", "shard"))
         names = ("data", "ring", "ulysses")
         tokens = init_device_mesh(kind, (size // sp, 1, sp), mesh_dim_names=names)
         for group in {*weights.get_all_groups(), *tokens.get_all_groups()}:
             dist.distributed_c10d._set_pg_timeout(seconds, group)  # Not inherited by subgroups.
-        return cls(dist.get_rank(), size, device, sp, weights, tokens)
+        return cls(dist.get_rank(), size, device, sp, weights, tokens, seconds)
 
     @property
     def is_main(self) -> bool:
@@ -92,6 +99,12 @@ class World:
     def speaks(self) -> bool:
         """Whether this process adds its group's samples to sums over all processes."""
         return self.rank % self.sp == 0
+
+    def side_group(self) -> Any:
+        """A gloo group of all for exchanges beside the others; None alone. A collective."""
+        if self.size == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=self.timeout)
 
     def all_reduce(self, values: Tensor, op: str) -> None:
         """Reduce in place over all processes; `op` is "sum" or "max"."""

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,9 +47,8 @@ class MetricsLog:
                 "continue it with --resume latest, or name another folder"
             )
         self._file = open(self.path, "a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(self.run_dir / "tensorboard"), purge_step=None if resumed is None else resumed + 1
-        )
+        self._board: SummaryWriter | None = None
+        self._open_board(purge_step=None if resumed is None else resumed + 1)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -66,8 +66,9 @@ class MetricsLog:
         # One write of one whole line: a crash can only cut the last one, which resume drops.
         self._file.write(json.dumps({"iteration": iteration, **line}, allow_nan=False) + "\n")
         self._file.flush()
+        board = self._open_board()
         for name, number in numbers.items():
-            self._board.add_scalar(name, number, iteration)
+            board.add_scalar(name, number, iteration)
 
     def add_clip(self, tag: str, video: Tensor, iteration: int, *, fps: float = 8) -> Path:
         """Saves `clips/<tag>_<iteration>.gif` and shows it in TensorBoard; returns the file.
@@ -89,13 +90,30 @@ class MetricsLog:
             height=height, width=width, colorspace=3, encoded_image_string=encoded
         )
         summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self._board._get_file_writer().add_summary(summary, iteration)
+        self._open_board()._get_file_writer().add_summary(summary, iteration)
         return path
+
+    def recover(self) -> None:
+        """Go on after a write that failed, as on a full disk.
+
+        What was to be in `metrics.jsonl` is written with the next line; TensorBoard's writer never
+        writes again once it failed, so the next line opens a new one.
+        """
+        board, self._board = self._board, None
+        with suppress(OSError):  # It says once more what the caller already knows.
+            if board is not None:
+                board.close()
+
+    def _open_board(self, *, purge_step: int | None = None) -> SummaryWriter:
+        if self._board is None:
+            self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
+        return self._board
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
