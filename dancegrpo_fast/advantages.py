@@ -164,16 +164,20 @@ def check_credit(plan: TreePlan, rule: str) -> None:
             )
 
 
-def best_and_worst(advantages: LeafAdvantages, count: int) -> Array:
-    """[P, G] bool: the best count/2 and worst count/2 valid samples of each group (best-of-n).
+def best_and_worst(advantages: LeafAdvantages, count: int, keep: str = "extremes") -> Array:
+    """[P, G] bool: `count` valid samples of each group (best-of-n; BranchGRPO's width pruning).
 
-    Ranked by the weighted sum of advantages on the full pool; ties keep canonical order.
+    "extremes": the best half and the worst half of them; "best": the best. Ranked by the weighted
+    sum of advantages on the full pool; ties keep canonical order.
     """
     score = advantages.values @ advantages.weights
     selected = np.zeros(score.shape, dtype=bool)
     for p in range(score.shape[0]):
         pool = np.flatnonzero(advantages.valid[p])
         order = pool[np.argsort(score[p, pool], kind="stable")]
+        if keep == "best":
+            selected[p, order[-count:]] = True
+            continue
         half = count // 2
         selected[p, order[:half]] = selected[p, order[-half:]] = True
     return selected

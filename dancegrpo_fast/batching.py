@@ -17,10 +17,11 @@ import numpy as np
 
 from dancegrpo_fast.advantages import LeafAdvantages
 from dancegrpo_fast.ops.noise import NoiseKey, permutation
+from dancegrpo_fast.timesteps import timestep_subsets
 from dancegrpo_fast.tree import TreePlan
 
 T = TypeVar("T")
-_UPDATE, _SUBSET = 0, 1  # Domains below the selection key.
+_UPDATE = 0  # Domain below the selection key; timesteps.py has others.
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +132,11 @@ def build_updates(
     world_size: int,
     updates: int = 1,
     timestep_fraction: float = 1.0,
+    timesteps: str | Sequence[int] = "random",
+    timestep_scope: str = "sample",
     micro_batch_size: int = 1,
     edge_values: np.ndarray | None = None,
+    edge_weights: np.ndarray | None = None,
     kinds: Sequence[Hashable] | None = None,
     owner: np.ndarray | None = None,
 ) -> list[Update]:
@@ -148,8 +152,12 @@ def build_updates(
         world_size: Number of processes.
         updates: Optimizer steps per iteration (U).
         timestep_fraction: Share of a sample's trained steps that enter its update.
+        timesteps: Which these are: "random", "first", or the steps themselves.
+        timestep_scope: Whether a "sample" or a "group" has random steps of its own.
         micro_batch_size: States per forward and backward.
         edge_values: [P, states, C] for edge-wise credit (`depth`, `siblings`); None credits leaves.
+        edge_weights: [states] positive factor of the policy term of each trained edge, outside the
+            divisor and the KL (`timesteps.edge_weights`); None: 1.
         owner: [P, G] rank of each sample; None is `leaf_owners`.
         kinds: [P] prompts of unequal kinds (text lengths) never share a micro-batch; None: all may.
     """
@@ -158,7 +166,9 @@ def build_updates(
         owner = leaf_owners(prompts, group_size, world_size)
     chosen = selected & advantages.valid
     update_of = _update_of_leaves(chosen, key, updates)
-    steps_of = _timestep_subsets(plan, chosen, key, timestep_fraction)
+    steps_of = timestep_subsets(
+        plan, chosen, key, fraction=timestep_fraction, timesteps=timesteps, scope=timestep_scope
+    )
 
     table: list[list[Credits]] = [[{} for _ in range(world_size)] for _ in range(updates)]
     taken: set[tuple[int, int]] = set()
@@ -175,6 +185,8 @@ def build_updates(
                 values = edge_values[p, edge]
             else:
                 continue  # Edge-wise credit: an edge belongs wholly to its first leaf's update.
+            if edge_weights is not None:
+                values = values * edge_weights[edge]
             credits = table[update_of[p, g]][owner[p, g]]
             credits.setdefault((p, edge), _Credit(np.zeros((columns, 2)))).add(values)
 
@@ -195,22 +207,6 @@ def _update_of_leaves(chosen: np.ndarray, key: NoiseKey, updates: int) -> np.nda
         order = permutation(len(members), key.fold_in(_UPDATE).fold_in(p).draw())
         result[p, members[order]] = np.arange(len(members)) % updates
     return result
-
-
-def _timestep_subsets(
-    plan: TreePlan, chosen: np.ndarray, key: NoiseKey, fraction: float
-) -> dict[tuple[int, int], frozenset[int]]:
-    """Steps each chosen sample is trained on: a random share of the trained steps on its way."""
-    subsets = {}
-    for p, g in zip(*np.nonzero(chosen), strict=True):
-        steps = [plan.states[plan.states[e].parent].step for e in plan.leaf_edges[g]]
-        if fraction < 1.0:
-            draw = key.fold_in(_SUBSET).fold_in(int(p)).fold_in(int(g)).draw()
-            # Rounded down as DanceGRPO does: 15 steps x 0.6 -> 9; but never to none.
-            count = max(1, int(len(steps) * fraction))
-            steps = [steps[i] for i in permutation(len(steps), draw)[:count]]
-        subsets[int(p), int(g)] = frozenset(steps)
-    return subsets
 
 
 def _anchors(

@@ -26,6 +26,8 @@ class Trajectories:
         leaves: (prompt, leaf position) of this rank's samples, in canonical order.
         latents: Latents [C, F, H, W] of the states that training or decoding will read.
         log_prob: Log-prob (0-d) of every stochastic edge drawn here, as the rollout saw it.
+        outputs: Model outputs [C, F, H, W] at states with a trained child, where they are asked
+            for.
     """
 
     plan: TreePlan
@@ -33,6 +35,7 @@ class Trajectories:
     leaves: list[tuple[int, int]]
     latents: dict[Place, Tensor] = field(default_factory=dict)
     log_prob: dict[Place, Tensor] = field(default_factory=dict)
+    outputs: dict[Place, Tensor] = field(default_factory=dict)
 
     def stack(self, places: Sequence[Place]) -> Tensor:
         """Stored latents [n, C, F, H, W] of some states."""
@@ -56,6 +59,10 @@ class Trajectories:
     def recorded_log_prob(self, edges: Sequence[Place]) -> Tensor:
         """[n] log-prob that the rollout recorded for some edges."""
         return torch.stack([self.log_prob[edge] for edge in edges])
+
+    def recorded_output(self, places: Sequence[Place]) -> Tensor:
+        """[n, C, F, H, W] model output that the rollout recorded at some states."""
+        return torch.stack([self.outputs[place] for place in places])
 
     def edge_coefficients(self, edges: Sequence[Place]) -> Tensor:
         """[n, 8] coefficients of some edges."""

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from dancegrpo_fast.ops.noise import DrawKey, NoiseKey
 from dancegrpo_fast.schedules import Schedule
-from dancegrpo_fast.transitions import Transition, transition
+from dancegrpo_fast.transitions import Transition, dpmpp_2m, transition
 
 ROOT_STEP = -1  # Roots are the children of step -1: their noise is the initial latent.
 
@@ -33,9 +33,10 @@ class State:
         parent: Index of the parent state, or -1 for a root.
         step: Index of the state's point in the schedule: sigma = `schedule.sigmas[step]`.
         path: The (step, child index) pairs with index > 0 on the way here; names the state's noise.
-        kind: How the edge into this state moves: "root", "sde", "ode" or "x0".
+        kind: How the edge into this state moves: "root", "sde", "ode", "multistep" or "x0".
         trained: Whether the edge into this state carries a policy-gradient term.
         noise_scale: Multiplier on the noise of the edge into this state.
+        history: Whether a "multistep" edge uses the x0 estimate of the state before its parent.
     """
 
     index: int
@@ -45,6 +46,7 @@ class State:
     kind: str
     trained: bool = False
     noise_scale: float = 1.0
+    history: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +137,13 @@ class TreePlan:
         exact_density: bool = False,
     ) -> tuple[Transition, ...]:
         """The affine Gaussian transition of the edge into each state (zeros for roots), float64."""
-        return tuple(
-            Transition(*(0.0,) * 8)
-            if state.parent < 0
-            else transition(
+
+        def into(state: State) -> Transition:
+            if state.parent < 0:
+                return Transition(*(0.0,) * 8)
+            if state.kind == "multistep":
+                return self._multistep(state)[0]
+            return transition(
                 self.schedule,
                 self.states[state.parent].step,
                 state.step,
@@ -149,8 +154,27 @@ class TreePlan:
                 kl=kl,
                 exact_density=exact_density,
             )
-            for state in self.states
+
+        return tuple(into(state) for state in self.states)
+
+    @cached_property
+    def history_factors(self) -> tuple[float, ...]:
+        """Factor of the x0 estimate of the state before the parent, of the edge into each state."""
+        return tuple(self._multistep(s)[1] if s.history else 0.0 for s in self.states)
+
+    def _multistep(self, state: State) -> tuple[Transition, float]:
+        parent, sigmas = self.states[state.parent], self.schedule.sigmas
+        before = sigmas[self.states[parent.parent].step] if state.history else None
+        return dpmpp_2m(sigmas[parent.step], sigmas[state.step], before)
+
+    def trained_within(self, start: int, size: int) -> TreePlan:
+        """The plan with only the edges out of steps start .. start + size - 1 trained."""
+        inside = range(start, start + size)
+        states = tuple(
+            replace(s, trained=s.trained and self.states[s.parent].step in inside)
+            for s in self.states
         )
+        return replace(self, states=states)
 
     def cost(self) -> Cost:
         """Count model evaluations per prompt, with and without sharing."""
@@ -208,6 +232,15 @@ class _Builder:
         kind = "x0" if parent.step == self.last and self.final == "x0" else "ode"
         return self._extend(parent, 0, kind, False, 1.0)
 
+    def multistep(self, parent: State) -> State:
+        """A DPM-Solver++ 2M step; only a deterministic step into `parent` leaves it a history."""
+        state = replace(
+            self._extend(parent, 0, "multistep", False, 1.0),
+            history=parent.kind in ("ode", "multistep"),
+        )
+        self.states[-1] = state
+        return state
+
     def _extend(
         self, parent: State, child: int, kind: str, trained: bool, noise_scale: float
     ) -> State:
@@ -257,11 +290,13 @@ def window(
     *,
     final: str = "x0",
     train_last: bool = False,
+    solver: str = "ode",
 ) -> TreePlan:
     """A deterministic trunk that splits into `group_size` chains at step `start`.
 
     The chains are stochastic for `size` steps and deterministic afterwards (MixGRPO,
-    Flow-GRPO-Fast).
+    Flow-GRPO-Fast): Euler or DDIM steps with solver "ode", DPM-Solver++ 2M ones with "multistep"
+    (MixGRPO-Flash; the schedule then has the points that it shall visit).
     """
     if start < 0 or size < 1 or start + size > schedule.steps:
         raise ValueError(
@@ -275,6 +310,8 @@ def window(
             front = [builder.stochastic(front[0], child) for child in range(group_size)]
         elif start < step < start + size:
             front = [builder.stochastic(state) for state in front]
+        elif solver == "multistep" and step >= start:
+            front = [builder.multistep(state) for state in front]
         else:
             front = [builder.deterministic(state) for state in front]
     return builder.plan()

@@ -100,7 +100,30 @@ BAD_FIELDS = [
     ("rollout.group_size=1", "= 1: one sample has no group to compare with; use 2 or more, "
      "or advantage.scope = batch or running"),
     ("rollout.tree.window_size=2", "= 2: has no effect with rollout.tree.kind = 'shared_root'; "
+     "set that to window or branch_points, or leave it at null"),
+    ("rollout.tree.window_order=decaying", "= 'decaying': has no effect with rollout.tree.kind = "
+     "'shared_root'; set that to window or branch_points, or leave it at 'random'"),
+    ("rollout.tree.window_decay=0.2", "= 0.2: has no effect with rollout.tree.window_order = "
+     "'random'; set that to exponential, or leave it at 0.1"),
+    ("rollout.tree.flash=0.4", "= 0.4: has no effect with rollout.tree.kind = 'shared_root'; "
      "set that to window, or leave it at null"),
+    ("rollout.tree.noise_scale=4", "= 4: has no effect with rollout.tree.kind = 'shared_root'; "
+     "set that to branch_points, or leave it at 1.0"),
+    ("advantage.keep=best", "= 'best': has no effect without advantage.best_of_n; give that a "
+     "number"),
+    ("loss.timesteps=last", "= 'last': must be 'random', 'first' or a list of ascending steps, "
+     "such as [0, 1, 2]"),
+    ("loss.timesteps=[2, 1]", "= [2, 1]: must be 'random', 'first' or a list of ascending steps, "
+     "such as [0, 1, 2]"),
+    ("loss.timesteps=[0, 9]", "= [0, 9]: must be steps from 0 to 8 (9 of 10 steps can be trained)"),
+    ("loss.timesteps=first", "= 'first': with timestep_fraction = 1 every step is used; lower "
+     "that"),
+    ("loss.timestep_scope=group", "= 'group': with timestep_fraction = 1 every step is used; "
+     "lower that"),
+    ("loss.timestep_weights=[1, 2]", "= [1, 2]: has 2 values: must be 9 (9 of 10 steps can be "
+     "trained)"),
+    ("loss.timestep_weights=[1, -2]", "= [1, -2]: must be 'uniform', 'std', 'inverse_dt' or a list "
+     "of positive numbers, one a trainable step"),
     ("rollout.tree.branches=2", "= 2: has no effect with rollout.tree.kind = 'shared_root'; "
      f"{KINDS} null"),
     ("rollout.tree.trunks=2", "= 2: has no effect with rollout.tree.kind = 'shared_root'; "
@@ -214,6 +237,53 @@ def test_cps_level_is_an_angle(recipe):
     ]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["rollout.dynamics=cps", "loss.ratio_norm=true"],
+            "loss.ratio_norm = true: needs a Gaussian log-prob, which cps has with "
+            "rollout.exact_density = true; or leave it at false",
+        ),
+        (
+            ["model.family=sd", "rollout.dynamics=ddim", "loss.timestep_weights=inverse_dt"],
+            "loss.timestep_weights = 'inverse_dt': dynamics ddim has no step length; use std or "
+            "uniform",
+        ),
+        (
+            [*WINDOW, "rollout.tree.window_size=2", "loss.timesteps=[0]"],
+            "loss.timesteps = [0]: kind window trains the steps of rollout.tree.window_start; use "
+            "that",
+        ),
+        (
+            ["loss.timesteps=[0, 1]", "loss.timestep_fraction=0.5"],
+            "loss.timestep_fraction = 0.5: has no effect beside a list of timesteps; set it to 1",
+        ),
+        (
+            ["model.family=sd", "rollout.dynamics=ddim", *WINDOW,
+             "rollout.tree={kind: window, window_size: 2, flash: 0.5}"],
+            "rollout.tree.flash = 0.5: DPM-Solver++ is written for a flow's velocity here; with "
+            "dynamics ddim use null",
+        ),
+        (
+            ["rollout.tree={kind: window, window_size: 2, window_start: 1, "
+             "window_order: decaying}"],
+            "rollout.tree.window_order = 'decaying': has no effect beside window_start, which "
+            "stands still",
+        ),
+    ],
+)  # fmt: skip
+def test_algorithm_settings_that_make_no_sense_together(recipe, overrides, expected):
+    assert lines(recipe, overrides) == [f"override: {expected}"]
+
+
+def test_lists_of_steps_and_weights_are_read(recipe):
+    loss = load_config(
+        recipe, ["loss.timesteps=[0, 3]", "loss.timestep_weights=[1, 2, 3, 4, 5, 6, 7, 8, 9]"]
+    ).loss
+    assert loss.timesteps == [0, 3] and loss.timestep_weights == [float(i) for i in range(1, 10)]
+
+
 def test_two_siblings_are_refused_and_three_are_not(recipe):
     tree = [*TRUNK, "rollout.tree.branch_steps=[0, 3]", "advantage.credit=siblings"]
     (line,) = lines(recipe, [*tree, "rollout.tree.branches=2", "rollout.group_size=4"])
@@ -288,7 +358,7 @@ def test_all_mistakes_come_together_each_with_its_source(recipe, tmp_path):
         "r.yaml: model.height = 'tall': must be a whole number",
         "r.yaml: rollout.grup_size = 8: unknown key; did you mean rollout.group_size?",
         "override: rollout.tree.window_size = 4: has no effect with rollout.tree.kind = "
-        "'shared_root'; set that to window, or leave it at null",
+        "'shared_root'; set that to window or branch_points, or leave it at null",
         "r.yaml: advantage.credit = 'siblings': needs rollout.tree.kind = trunk_with_branches or "
         "branch_points; with shared_root use leaf or depth",
     ]  # loss.updates is silent: its limit is group_size, which grup_size was meant to set

@@ -18,7 +18,8 @@ PACKAGE = "dancegrpo_fast"
 LEVELS: tuple[set[str], ...] = (
     {"ops"},
     {"schedules", "dynamics", "transitions"},
-    {"policy", "batching", "tree", "trajectories", "advantages", "roles", "prompt", "placing"},
+    {"policy", "batching", "tree", "trajectories", "advantages", "roles", "prompt", "placing",
+     "timesteps", "windows"},
     {"rollout", "losses", "models", "rewards", "parallel", "checkpoint", "data", "report", "quiet"},
     {"trainer", "planner", "updating", "run", "networks", "lock"},
     {"cli"},
@@ -34,6 +35,9 @@ ARROWS = {
     ("advantages", "tree"),
     ("batching", "tree"),
     ("batching", "advantages"),
+    ("batching", "timesteps"),
+    ("timesteps", "tree"),
+    ("windows", "tree"),
     ("trajectories", "tree"),
     ("trajectories", "batching"),
     ("rollout", "models"),
@@ -43,6 +47,8 @@ ARROWS = {
     ("report", "rewards"),  # The Reward protocols: evaluation asks a reward for its parts.
     ("trainer", "updating"),
     ("trainer", "networks"),
+    ("planner", "networks"),  # Which splits a network can do.
+    ("planner", "updating"),  # Where old log-probs come from.
     ("planner", "networks"),  # It refuses what a run would refuse.
     ("planner", "updating"),
     ("policy", "placing"),
@@ -64,6 +70,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 CORE_MODULES = modules_of(PROJECT["dependencies"])
 KERNELS = "ops/kernels/"  # Loaded only where Triton runs; nothing imports them at its top.
 TRAIN_MODULES = CORE_MODULES | modules_of(PROJECT["optional-dependencies"]["train"])
+SERVE_MODULES = modules_of(PROJECT["optional-dependencies"]["serve"])
+SERVE_FILES = {"rewards/server.py", "rewards/transport.py"}  # They import them inside functions.
 
 
 def sources() -> dict[str, str]:
@@ -106,6 +114,8 @@ def objection(path: str, module: str) -> str | None:
     if kernel and top == "triton":
         return None
     allowed = CORE_MODULES if unit in CORE | {"__init__", "integrations"} else TRAIN_MODULES
+    if path in SERVE_FILES:
+        allowed = allowed | SERVE_MODULES
     if top in sys.stdlib_module_names or top in allowed:
         return None
     return f"{top} is not among the dependencies it may use ({', '.join(sorted(allowed))})"

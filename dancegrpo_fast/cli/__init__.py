@@ -19,6 +19,7 @@ COMMANDS = {
     "embed": "embed the prompts of a recipe ahead of its run",
     "fetch": "download what a recipe needs, for machines without internet",
     "score": "score images or videos on disk; --list says which rewards there are",
+    "serve-reward": "serve rewards to runs in other processes and on other machines",
     "plan": "print the denoising tree of a recipe and what it costs",
     "export": "write a run's weights as a diffusers pipeline or LoRA",
     "doctor": "say what this installation can do and what is missing",
@@ -83,7 +84,7 @@ def _run(arguments: list[str]) -> int:
     module = None
     for name, summary in COMMANDS.items():
         if name == command:
-            module = importlib.import_module(f"{__name__}.{name}")
+            module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
             module.add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)

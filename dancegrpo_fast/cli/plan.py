@@ -1,13 +1,15 @@
-"""`dancegrpo-fast plan`: the denoising tree of a recipe, and what it costs."""
+"""`dancegrpo-fast plan`: the denoising tree of a recipe, what it costs, and what it needs."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dancegrpo_fast.config import RunConfig
+    from dancegrpo_fast.models import Family
     from dancegrpo_fast.tree import TreePlan
 
 
@@ -18,13 +20,16 @@ def add_parser(subparsers: Any) -> None:
         help="print the denoising tree of a recipe and what it costs",
         description=(
             "Prints the tree that every prompt of an iteration follows, level by level, and counts "
-            "network evaluations with and without sharing. Loads no network."
+            "network evaluations with and without sharing. With --gpus, also memory by phase, "
+            "products, bytes on the wire and projected time, and a mesh to choose. Loads nothing."
         ),
         epilog="""\
 examples:
   dancegrpo-fast plan recipes/demo.yaml
   dancegrpo-fast plan recipes/demo.yaml --iteration 3
   dancegrpo-fast plan recipes/demo.yaml rollout.group_size=12 rollout.tree.window_size=4
+  dancegrpo-fast plan recipes/flux_hps.yaml --gpus 16
+  dancegrpo-fast plan recipes/flux_hps.yaml --gpus 16 --memory 141 --efficiency 0.3 --json
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -33,6 +38,18 @@ examples:
     parser.add_argument(
         "--iteration", type=int, default=0, help="a drawn window differs by iteration (default 0)"
     )
+    options: tuple[tuple[str, str, float | None, str], ...] = (
+        ("--gpus", "N", None, "GPUs of the run"),
+        ("--machine-gpus", "N", 8, "GPUs of a machine (default 8)"),
+        ("--memory", "GB", 80, "memory of a GPU (default 80)"),
+        ("--efficiency", "SHARE", 0.4, "of the peak that is reached (default 0.4)"),
+        ("--peak", "TFLOPS", 989, "of a GPU, in the arithmetic's type (default 989: H100)"),
+        ("--link", "GB/s", 50, "a GPU receives from other machines (default 50)"),
+    )
+    for name, unit, default, text in options:
+        kind = int if unit == "N" else float
+        parser.add_argument(name, type=kind, metavar=unit, default=default, help=text)
+    parser.add_argument("--json", action="store_true", help="the plan for --gpus as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,14 +64,65 @@ def run(args: argparse.Namespace) -> int:
     from dancegrpo_fast.models import open_family
     from dancegrpo_fast.rollout import plan_iteration
 
-    grid = open_family(config.model).grid
+    _check_options(args)
+    family = open_family(config.model)
     try:
-        plan = plan_iteration(config, grid, args.iteration)
+        plan = plan_iteration(config, family.grid, args.iteration)
     except ValueError as error:
         raise UserError(str(error)) from error
-    modules = grid.module_names(plan.schedule)
-    print("\n".join([*tree_lines(plan, modules), "", *cost_lines(plan, config)]))
+    if not args.json:
+        modules = family.grid.module_names(plan.schedule)
+        print("\n".join([*tree_lines(plan, modules), "", *cost_lines(plan, config)]))
+    if args.gpus is not None:
+        _plan_run(config, family, args)
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    from dancegrpo_fast.config import UserError
+
+    if args.json and args.gpus is None:
+        raise UserError("--json: prints the plan for a number of GPUs; give --gpus N")
+    if args.gpus is not None and args.gpus < 1:
+        raise UserError(f"--gpus = {args.gpus}: must be at least 1")
+    if args.efficiency > 1:
+        raise UserError(f"--efficiency = {args.efficiency:g}: is a share of the peak, at most 1")
+    for name in ("machine_gpus", "memory", "efficiency", "peak", "link"):
+        if not getattr(args, name) > 0:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} = {getattr(args, name):g}: must be above 0")
+
+
+def _plan_run(config: RunConfig, family: Family, args: argparse.Namespace) -> None:
+    """The planner's part: the recipe's own mesh, then the one to choose."""
+    from dancegrpo_fast.planner import Hardware, Planner, mesh_text, plan_lines, plan_values
+
+    hardware = Hardware(
+        args.gpus, args.machine_gpus, args.memory * 1e9, args.efficiency, args.peak * 1e12,
+        args.link * 1e9,
+    )  # fmt: skip
+    planner = Planner(config, family)
+    own = planner.estimate(hardware)  # A mesh that does not fit the GPUs ends here.
+    best = planner.recommend(hardware)
+    if args.json:
+        found = None if best is None else plan_values(best[0], hardware)
+        print(json.dumps({"recipe": plan_values(own, hardware), "recommended": found}))
+        return
+    lines = ["", *plan_lines(own, hardware), ""]
+    if best is None:
+        nearest = planner.smallest(hardware)
+        lines.append("recommended: no mesh that was compared fits; use more or larger GPUs")
+        if nearest is not None:
+            need = nearest.memory.total(nearest.memory.peak) / 1e9
+            lines.append(f"nearest ({need:.1f} GB): {mesh_text(nearest)}")
+    else:
+        estimate, reasons = best
+        lines += [
+            f"recommended: {mesh_text(estimate)}",
+            f"{estimate.total:.1f} s instead of {own.total:.1f} s, projected; because",
+            *(f"  {reason}" for reason in reasons),
+        ]
+    print("\n".join(lines))
 
 
 def tree_lines(plan: TreePlan, modules: tuple[str, ...]) -> list[str]:

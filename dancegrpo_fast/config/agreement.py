@@ -26,7 +26,8 @@ def disagreements(get: Get, default: Get) -> list[Disagreement]:
     """
     found: list[Disagreement] = _without_effect(get, default)
     checks = (
-        _dynamics, _last_step, _window, _branches, _group, _credit, _updates, _first_frame,
+        _dynamics, _last_step, _window, _branches, _group, _credit, _updates, _timesteps,
+        _first_frame,
     )  # fmt: skip
     for check in checks:
         try:
@@ -45,18 +46,28 @@ def show(value: Any) -> str:
 
 
 _TREE = "rollout.tree"
+_WINDOWED = ("window", "branch_points")
+_ORDERED = ("progressive", "decaying", "exponential")
 _ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # setting, its selector, the choices that read it
     ("rollout.shift", "rollout.schedule", ("dance",)),
     ("rollout.exact_density", "rollout.dynamics", ("cps",)),
-    (f"{_TREE}.window_size", f"{_TREE}.kind", ("window",)),
-    (f"{_TREE}.window_start", f"{_TREE}.kind", ("window",)),
-    (f"{_TREE}.window_range", f"{_TREE}.kind", ("window",)),
+    (f"{_TREE}.window_size", f"{_TREE}.kind", _WINDOWED),
+    (f"{_TREE}.window_start", f"{_TREE}.kind", _WINDOWED),
+    (f"{_TREE}.window_range", f"{_TREE}.kind", _WINDOWED),
+    (f"{_TREE}.window_order", f"{_TREE}.kind", _WINDOWED),
+    (f"{_TREE}.window_iterations", f"{_TREE}.kind", _WINDOWED),
+    (f"{_TREE}.window_stride", f"{_TREE}.window_order", _ORDERED),
+    (f"{_TREE}.window_decay", f"{_TREE}.window_order", ("exponential",)),
+    (f"{_TREE}.window_decay_from", f"{_TREE}.window_order", ("exponential",)),
+    (f"{_TREE}.flash", f"{_TREE}.kind", ("window",)),
+    (f"{_TREE}.noise_scale", f"{_TREE}.kind", ("branch_points",)),
     (f"{_TREE}.branch_steps", f"{_TREE}.kind", ("branch_points", "trunk_with_branches")),
     (f"{_TREE}.branches", f"{_TREE}.kind", ("branch_points", "trunk_with_branches")),
     (f"{_TREE}.trunks", f"{_TREE}.kind", ("trunk_with_branches",)),
     ("advantage.batch_normalise", "advantage.credit", ("leaf",)),
     ("advantage.running_window", "advantage.scope", ("running",)),
+    ("loss.timestep_scope", "loss.timesteps", ("random",)),
     ("parallel.dp_replicate", "parallel.engine", ("fsdp",)),
     ("parallel.dp_shard", "parallel.engine", ("fsdp",)),
     ("parallel.gather_rollout", "parallel.engine", ("fsdp",)),
@@ -120,10 +131,25 @@ def _last_step(get: Get) -> Iterator[Disagreement]:
 
 def _window(get: Get) -> Iterator[Disagreement]:
     n = _trained_steps(get)
-    if get(f"{_TREE}.kind") != "window" or n < 1:
+    kind = get(f"{_TREE}.kind")
+    if kind not in _WINDOWED or n < 1:
         return
     size, start = get(f"{_TREE}.window_size"), get(f"{_TREE}.window_start")
     span = get(f"{_TREE}.window_range")
+    if kind == "branch_points" and size is None:
+        for name in ("window_start", "window_range"):
+            if get(f"{_TREE}.{name}") is not None:
+                yield f"{_TREE}.{name}", f"has no effect without {_TREE}.window_size"
+        if get(f"{_TREE}.window_order") != "random" or get(f"{_TREE}.window_iterations") != 1:
+            yield f"{_TREE}.window_size", "a moving window needs a size; or leave its fields out"
+        return
+    if start is not None:
+        for name, still in (("window_order", "random"), ("window_iterations", 1)):
+            if get(f"{_TREE}.{name}") != still:
+                yield f"{_TREE}.{name}", "has no effect beside window_start, which stands still"
+    if get(f"{_TREE}.flash") is not None and get("rollout.dynamics") in _DDIM:
+        reason = "DPM-Solver++ is written for a flow's velocity here"
+        yield f"{_TREE}.flash", f"{reason}; with dynamics {get('rollout.dynamics')} use null"
     scope = f"{n} of {get('rollout.steps')} steps can be trained"
     if size is None:
         yield f"{_TREE}.window_size", f"kind window needs a size from 1 to {n} ({scope})"
@@ -173,6 +199,8 @@ def _group(get: Get) -> Iterator[Disagreement]:
         yield "rollout.group_size", f"{reason}, or advantage.scope = batch or running"
     if kept is not None and kept >= size:
         yield "advantage.best_of_n", f"must be below rollout.group_size = {size}, or null for all"
+    if kept is None and get("advantage.keep") != "extremes":
+        yield "advantage.keep", "has no effect without advantage.best_of_n; give that a number"
 
 
 def _credit(get: Get) -> Iterator[Disagreement]:
@@ -200,6 +228,35 @@ def _updates(get: Get) -> Iterator[Disagreement]:
     samples = get("advantage.best_of_n") or get("rollout.group_size")
     if updates > samples:
         yield "loss.updates", f"a group has {samples} trained samples, so at most {samples} updates"
+
+
+def _timesteps(get: Get) -> Iterator[Disagreement]:
+    n, dynamics = _trained_steps(get), get("rollout.dynamics")
+    scope = f"{n} of {get('rollout.steps')} steps can be trained"
+    chosen, whole = get("loss.timesteps"), get("loss.timestep_fraction") == 1
+    if isinstance(chosen, list):
+        kind = get(f"{_TREE}.kind")
+        if kind in ("window", "trunk_with_branches"):
+            field = "window_start" if kind == "window" else "branch_steps"
+            yield "loss.timesteps", f"kind {kind} trains the steps of {_TREE}.{field}; use that"
+        elif chosen[-1] >= n:
+            yield "loss.timesteps", f"must be steps from 0 to {n - 1} ({scope})"
+        elif get(f"{_TREE}.window_size") is not None:
+            yield "loss.timesteps", f"{_TREE}.window_size chooses the trained steps already"
+        if not whole:
+            yield "loss.timestep_fraction", "has no effect beside a list of timesteps; set it to 1"
+    elif whole and chosen == "first":
+        yield "loss.timesteps", "with timestep_fraction = 1 every step is used; lower that"
+    elif whole and get("loss.timestep_scope") == "group":
+        yield "loss.timestep_scope", "with timestep_fraction = 1 every step is used; lower that"
+    weights = get("loss.timestep_weights")
+    if isinstance(weights, list) and len(weights) != n:
+        yield "loss.timestep_weights", f"has {len(weights)} values: must be {n} ({scope})"
+    if weights == "inverse_dt" and dynamics in _DDIM:
+        yield "loss.timestep_weights", f"dynamics {dynamics} has no step length; use std or uniform"
+    if get("loss.ratio_norm") and dynamics == "cps" and not get("rollout.exact_density"):
+        reason = "needs a Gaussian log-prob, which cps has with rollout.exact_density = true"
+        yield "loss.ratio_norm", f"{reason}; or leave it at false"
 
 
 def _first_frame(get: Get) -> Iterator[Disagreement]:

@@ -7,10 +7,19 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)  # fmt: skip
 from pydantic.fields import FieldInfo
 
 from dancegrpo_fast.config.agreement import disagreements, show
+from dancegrpo_fast.config.values import check_timestep_weights, check_timesteps
 
 
 class Section(BaseModel):
@@ -91,15 +100,32 @@ class TreeConfig(Section):
     ] = "shared_root"
     """Shape of one prompt's denoising tree."""
     window_size: int | None = Field(default=None, ge=1)
-    """`window`: trained stochastic steps in a row; the other steps are deterministic."""
+    """`window`: stochastic, trained steps in a row, the others are deterministic; `branch_points`:
+    the steps that are trained (depth pruning), the others stay stochastic."""
     window_start: int | None = Field(default=None, ge=0)
-    """`window`: first trained step; null draws it anew each iteration inside window_range."""
+    """First step of the window; null lets it move inside window_range."""
     window_range: Annotated[tuple[int, int], Field(strict=False)] | None = None
-    """`window`: [first, end) the drawn window stays inside; null is every trainable step."""
+    """[first, end) that a moving window stays inside; null is every trainable step."""
+    window_order: Literal["random", "progressive", "decaying", "exponential"] = "random"
+    """How the window moves: drawn, or from the first place to the last and again, staying equally
+    long at each, or ever shorter (MixGRPO's four strategies)."""
+    window_iterations: int = Field(default=1, ge=1)
+    """Iterations at one place; `decaying`: at the first."""
+    window_stride: int = Field(default=1, ge=1)
+    """Steps from one place to the next."""
+    window_decay: float = Field(default=0.1, gt=0)
+    """`exponential`: rate at which the stay shortens."""
+    window_decay_from: int = Field(default=13, ge=0)
+    """`exponential`: start of the window from which on it shortens."""
+    flash: float | None = Field(default=None, gt=0, le=1)
+    """`window`: share of the steps after the window that are kept, as DPM-Solver++ 2M steps
+    (MixGRPO-Flash); null keeps them all, as Euler steps."""
     branch_steps: list[Annotated[int, Field(ge=0)]] = []
     """Steps at which states branch, ascending."""
     branches: int | None = Field(default=None, ge=1, le=1024)
     """Children of a state at each branch step."""
+    noise_scale: float = Field(default=1.0, gt=0)
+    """`branch_points`: multiplies the noise of steps that branch; their log-prob knows of it."""
     trunks: int = Field(default=1, ge=1)
     """`trunk_with_branches`: deterministic trunks per prompt, each with its own initial noise."""
 
@@ -168,7 +194,9 @@ class AdvantageConfig(Section):
     credit: Literal["leaf", "depth", "siblings"] = "leaf"
     """How rewards reach edges: from the leaves below, per depth, or among one state's children."""
     best_of_n: int | None = Field(default=None, ge=2, multiple_of=2)
-    """Leaves of a group that are trained, half the best and half the worst; null trains all."""
+    """Leaves of a group that are trained; null trains all."""
+    keep: Literal["extremes", "best"] = "extremes"
+    """`best_of_n`: half the best and half the worst, or the best only."""
     running_window: int = Field(default=32, ge=2)
     """`scope: running`: rewards of a prompt that are remembered."""
 
@@ -188,6 +216,17 @@ class LossConfig(Section):
     """Optimizer steps per iteration."""
     timestep_fraction: float = Field(default=1.0, gt=0, le=1)
     """Fraction of the trained steps used for each sample."""
+    timesteps: Annotated[str | list[int], PlainValidator(check_timesteps)] = "random"
+    """Which these are: `random` ones, the `first`, or a list of steps instead of a fraction."""
+    timestep_scope: Literal["sample", "group"] = "sample"
+    """`timesteps: random`: drawn for each sample, or once for all samples of a prompt."""
+    timestep_weights: Annotated[str | list[float], PlainValidator(check_timestep_weights)] = (
+        "uniform"
+    )
+    """Factor of the policy term at each step: 1, `std` of the step's noise over its mean
+    (TempFlow-GRPO), `inverse_dt` (GRPO-Guard), or a list for the trainable steps."""
+    ratio_norm: bool = False
+    """GRPO-Guard's ratio exp(mean(change of the mean x noise)), free of the plain one's bias."""
     micro_batch_size: int = Field(ge=1)
     """States per forward and backward in training; memory and speed only."""
 

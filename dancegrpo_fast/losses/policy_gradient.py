@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ def policy_gradient_loss(
     divisor: float,
     reward_weights: np.ndarray,
     old_log_prob: Tensor | None,
+    old_output: Tensor | None = None,
 ) -> PolicyLoss:
     """Loss of one call; its gradient, summed over calls and ranks, is the update's.
 
@@ -41,6 +44,8 @@ def policy_gradient_loss(
         divisor: The update's divisor, over all ranks.
         reward_weights: [C].
         old_log_prob: [children], or None for the on-policy ratio exp(lp - lp.detach()).
+        old_output: [states, C, F, H, W] model output behind `old_log_prob`, for
+            `config.ratio_norm`.
     """
     fan = Fan.of_call(call)
     latents = drawn.stack(fan.places)
@@ -50,6 +55,11 @@ def policy_gradient_loss(
         with torch.no_grad(), policy.reference() as untrained:
             network = untrained[call.module]
             reference = evaluate(family, network, drawn.plan, conditions, fan.places, latents)
+    if config.ratio_norm and old_log_prob is None:
+        # The op's own on-policy ratio is the plain one; normalised, its gradient is s times that.
+        old_output = output.detach()
+        old_log_prob = _log_prob(fan, drawn, family, latents, old_output)
+    assert config.ratio_norm == (old_output is not None)
     device = latents.device
     return policy_loss(
         output,
@@ -65,18 +75,41 @@ def policy_gradient_loss(
         divisor=divisor,
         kl_weight=config.kl_weight,
         reference_output=reference,
+        old_output=old_output,
         action_box=family.action_box,
     )
 
 
+class Recomputed(NamedTuple):
+    """Log-prob [children] of drawn transitions and model output [states, C, F, H, W], as of now."""
+
+    log_prob: Tensor
+    output: Tensor
+
+
 @torch.no_grad()
+def recompute(
+    fan: Fan, drawn: Trajectories, conditions: Conditions, family: Family, module: nn.Module
+) -> Recomputed:
+    """Evaluate some states again, in this batch composition."""
+    latents = drawn.stack(fan.places)
+    output = evaluate(family, module, drawn.plan, conditions, fan.places, latents)
+    return Recomputed(_log_prob(fan, drawn, family, latents, output), output)
+
+
 def recompute_log_prob(
     fan: Fan, drawn: Trajectories, conditions: Conditions, family: Family, module: nn.Module
 ) -> Tensor:
     """Log-prob [children] of some edges under the current weights, in this batch composition."""
-    latents = drawn.stack(fan.places)
+    return recompute(fan, drawn, conditions, family, module).log_prob
+
+
+def _log_prob(
+    fan: Fan, drawn: Trajectories, family: Family, latents: Tensor, output: Tensor
+) -> Tensor:
+    """[children] log-prob of a fan's edges, given the model output at its states."""
     return transition_log_prob(
-        evaluate(family, module, drawn.plan, conditions, fan.places, latents),
+        output,
         latents,
         drawn.stack(fan.edges),
         drawn.edge_coefficients(fan.edges),

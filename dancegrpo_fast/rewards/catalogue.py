@@ -176,4 +176,10 @@ REWARDS: dict[str, Entry] = {
         range="0 to 1",
         cheats="plain text on plain ground",
     ),
+    "remote": Entry(
+        "remote:Remote",
+        "what a server of `dancegrpo-fast serve-reward` measures",
+        range="of that reward",
+        cheats="those of that reward",
+    ),
 }

@@ -86,9 +86,13 @@ def small_tree(config: RunConfig) -> dict[str, Any]:
         case "window":
             assert tree.window_size is not None
             size = min(2, tree.window_size)
-            return {"kind": tree.kind, "window_size": size, "window_range": (0, 2)}
+            moves = {"window_order": tree.window_order, "flash": tree.flash}
+            return {"kind": tree.kind, "window_size": size, "window_range": (0, 2)} | moves
         case "branch_points":
-            return {"kind": tree.kind, "branch_steps": [0, 1], "branches": 2}
+            window = {"noise_scale": tree.noise_scale}
+            if tree.window_size is not None:
+                window |= {"window_size": 2, "window_order": tree.window_order}
+            return {"kind": tree.kind, "branch_steps": [0, 1], "branches": 2} | window
         case "trunk_with_branches":
             return {"kind": tree.kind, "branch_steps": [1], "branches": GROUP}
         case _:

@@ -1,0 +1,133 @@
+"""Writes docs/planning.md: what large runs need and which mesh to choose. All of it is projected.
+
+    python benchmarks/planning.py [--json PATH] [--out PATH]
+
+Configurations of published models stand in benchmarks/sizes, without weights; nothing is loaded
+and no GPU is asked. The runs are those of recipes/, with one prompt a GPU unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from timing import write_json
+
+from dancegrpo_fast.config import RunConfig, load_config
+from dancegrpo_fast.models import open_family
+from dancegrpo_fast.planner import Estimate, Hardware, Planner, plan_values
+from dancegrpo_fast.planner.network import Networks
+
+ROOT = Path(__file__).parents[1]
+GPUS = (8, 64, 512)
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "HunyuanVideo, 53 frames, 480 x 480": ("hunyuan_t2v", {"path": "hunyuan_video"}),
+    # Of 30 MB a latent: one prompt's trajectories fill a GPU, so eight GPUs share one.
+    "HunyuanVideo, 129 frames, 720 x 1280, a prompt for 8 GPUs": (
+        "hunyuan_t2v", {"path": "hunyuan_video", "frames": 129, "height": 720, "width": 1280},
+    ),
+    "FLUX.1-dev, 720 x 720": ("flux_hps", {"path": "flux_dev"}),
+    "Wan2.1-14B, 81 frames, 480 x 832": (
+        "wan21_t2v", {"path": "wan21_14b", "frames": 81, "height": 480, "width": 832},
+    ),
+}  # fmt: skip
+
+
+HEAD = """# Planning a large run
+
+Written by `python benchmarks/planning.py`; for your recipe: `dancegrpo-fast plan RECIPE --gpus N`.
+
+**All numbers here are projected; nothing was run on GPUs.** Products and memory come from running
+the real classes on tensors without storage (compared with measurements of small models on the CPU
+in `tests/test_planner.py`), bytes on the wire from formulas that give the counts of
+`benchmarks/traffic.py`. Times assume {assumed}; transfers are added to products, none overlapped;
+embedding, scoring and saving are not in them. Under sequence parallelism memory and products are
+scaled from one process by linearity, and its exchanges come from a formula that no count confirms.
+
+The runs are those of `recipes/`, with one prompt a GPU and iteration unless said otherwise, on GPUs
+of 80 GB, 8 a machine, of which 10% are left for the driver, NCCL and fragmentation. Text is taken
+at its longest. FSDP everywhere; a mesh is copies of the weights x shards x sequence parallelism.
+"""
+COLUMNS = (
+    "GPUs", "mesh", "activations", "gradients reduced", "weights gathered in rollout", "peak",
+    "PFLOP a GPU", "GB received (inside + between)", "s (products + transfers)",
+)  # fmt: skip
+
+
+def recipe(name: str, model: dict[str, Any], gpus: int) -> RunConfig:
+    """A recipe on the sizes of a published model, one prompt a GPU, or eight GPUs a prompt."""
+    settings = model | {"path": str(ROOT / "benchmarks" / "sizes" / model["path"])}
+    overrides = [f"model.{key}={value}" for key, value in settings.items()]
+    prompts = gpus // 8 if model.get("frames") == 129 else gpus
+    overrides += [f"data.prompts_per_iteration={prompts}"]
+    return load_config(ROOT / "recipes" / f"{name}.yaml", overrides)
+
+
+def row(estimate: Estimate, hardware: Hardware) -> str:
+    """One line of the table."""
+    parallel, memory = estimate.config.parallel, estimate.memory
+    moved = estimate.received.values()
+    transfers = sum(v for k, v in estimate.seconds.items() if k.endswith("transfers"))
+    cells = [
+        str(hardware.gpus),
+        f"{parallel.dp_replicate} x {parallel.dp_shard} x {parallel.sp}",
+        {"none": "kept", "full": "recomputed", "selective": "selective"}[parallel.checkpointing],
+        "once an update" if parallel.defer_reduction else "every micro-batch",
+        "once" if parallel.gather_rollout else "every forward",
+        f"{memory.peak}, {memory.total(memory.peak) / 1e9:.0f} GB",
+        f"{sum(estimate.flops.values()) / 1e15:.1f}",
+        f"{sum(m.inside for m in moved) / 1e9:.0f} + {sum(m.between for m in moved) / 1e9:.0f}",
+        f"{estimate.total - transfers:.0f} + {transfers:.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def section(title: str, name: str, model: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """The lines and values of one run on every number of GPUs."""
+    lines = [f"## {title} (projected)", "", "| " + " | ".join(COLUMNS) + " |"]
+    lines.append("|" + "---|" * len(COLUMNS))
+    values: dict[str, Any] = {}
+    why: list[str] = []
+    networks: Networks | None = None
+    for gpus in GPUS:
+        config, hardware = recipe(name, model, gpus), Hardware(gpus)
+        planner = Planner(config, open_family(config.model), networks)
+        networks = planner.networks
+        found = planner.recommend(hardware)
+        if found is None:
+            nearest = planner.smallest(hardware)
+            assert nearest is not None
+            need = nearest.memory.total(nearest.memory.peak) / 1e9
+            lines.append(f"| {gpus} | none fits: the smallest needs {need:.0f} GB |" + " |" * 7)
+            values[str(gpus)] = None
+            continue
+        best, reasons = found
+        lines.append(row(best, hardware))
+        values[str(gpus)] = plan_values(best, hardware)
+        why += ["", f"Why on {gpus} GPUs:", "", *(f"- {reason}" for reason in reasons)]
+    return [*lines, *why, ""], values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the plans here")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "planning.md")
+    arguments = parser.parse_args()
+    hardware = Hardware(1)
+    assumed = (
+        f"{hardware.efficiency:.0%} of {hardware.peak / 1e12:.0f} TFLOP/s, "
+        f"{hardware.inside / 1e9:.0f} GB/s inside a machine and {hardware.link / 1e9:.0f} GB/s "
+        "between machines, per GPU"
+    )
+    lines, values = [HEAD.format(assumed=assumed)], {}
+    for title, (name, model) in RUNS.items():
+        part, values[title] = section(title, name, model)
+        lines += part
+        print("\n".join(part), flush=True)
+    arguments.out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    write_json(arguments.json, values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""What a recipe needs, told before it runs: memory, products, bytes on the wire, time, a mesh.
+
+Nothing is loaded: configurations are read, and the real classes run on tensors without storage.
+"""
+
+from dancegrpo_fast.planner.estimate import Estimate, Hardware, Planner
+from dancegrpo_fast.planner.memory import PHASES, Memory
+from dancegrpo_fast.planner.table import mesh_text, plan_lines, plan_values
+
+__all__ = [
+    "PHASES",
+    "Estimate",
+    "Hardware",
+    "Memory",
+    "Planner",
+    "mesh_text",
+    "plan_lines",
+    "plan_values",
+]

@@ -1,0 +1,249 @@
+"""Bytes on the device of the busiest process, phase by phase, by what holds them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dancegrpo_fast.config import RewardConfig, RunConfig
+from dancegrpo_fast.models import Family
+from dancegrpo_fast.models.family import DTYPES
+from dancegrpo_fast.planner.inputs import condition
+from dancegrpo_fast.planner.network import Networks
+from dancegrpo_fast.planner.tracing import without_storage
+from dancegrpo_fast.planner.work import Work
+from dancegrpo_fast.rewards import REWARDS
+
+PHASES = ("embed", "rollout", "decode", "score", "train", "step", "save")
+_MASTER = 4  # Trained weights, gradients, each Adam moment and the average are float32.
+_BUCKET = 200e6  # DeepSpeed's exchange buffers, as parallel/zero.py sets them; two of them.
+_UNITS = {"MB": 1e6, "GB": 1e9}
+
+
+@dataclass
+class Memory:
+    """What is on the device in each phase.
+
+    Attributes:
+        phases: Phase -> what -> bytes.
+        host: Bytes of pinned or pageable host memory that the run needs beside.
+        unknown: What is on the device and not in `phases`, in words.
+    """
+
+    phases: dict[str, dict[str, float]]
+    host: float = 0.0
+    unknown: list[str] = field(default_factory=list)
+
+    def total(self, phase: str) -> float:
+        """Bytes of a phase."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=self.total)
+
+
+def memory_of(
+    config: RunConfig, family: Family, networks: Networks, work: Work, shards: int, processes: int,
+    *, cuda: bool = True,
+) -> Memory:  # fmt: skip
+    """The memory of a recipe on a mesh.
+
+    Args:
+        config: The recipe.
+        family: Opened.
+        networks: Its networks.
+        work: Of an iteration on this mesh.
+        shards: Processes that share one copy of the weights (`fsdp`).
+        processes: All of them.
+        cuda: Follow CUDA: its autocast, and Adam over all tensors at once. False: the CPU.
+    """
+    parallel, found = config.parallel, Memory({})
+    sharded = parallel.engine == "fsdp" and processes > 1
+    shards = shards if sharded else 1
+    resident = _resident(config, networks, found, shards, processes)
+    latent = math.prod(family.latent_shape) * DTYPES[config.rollout.latent_dtype].itemsize
+    resident_rewards, brought, unknown = reward_bytes(config.rewards)
+    found.unknown += unknown
+    if resident_rewards:
+        resident["rewards"] = resident_rewards
+    during = resident | {
+        "conditions": config.data.prompts_per_iteration * _condition_bytes(family),
+        "trajectories": work.stored * latent,
+    }
+    encoders, absent = networks.encoder_bytes()
+    if absent:
+        found.unknown.append(f"encoders without a config.json: {', '.join(absent)}")
+    vae = networks.vae_bytes()
+    batch = min(config.rollout.batch_size, work.samples)
+    pixels = batch * config.model.frames * 3 * config.model.height * config.model.width * 4
+    decoding = networks.decode(batch, cuda=cuda).forward_peak
+    step = float(trained_elements(networks, shards) * _MASTER)
+    if not cuda:  # One parameter after the other, with two buffers of its size.
+        step = 2 * _MASTER * max(n.largest for n in networks.networks.values()) / shards
+    found.phases = {
+        "embed": resident | {"encoders": encoders, "VAE": vae},
+        "rollout": during | _rollout(config, networks, work, sharded, latent, cuda),
+        "decode": during | {"VAE": vae, "activations": decoding},
+        "score": during | {"rewards on loan": brought, "pixels": pixels},
+        "train": during | _train(config, networks, work, found, shards, processes, latent, cuda),
+        "step": during
+        | {"gradients": _gradients(config, networks, shards, processes), "temporary": step},
+        "save": dict(resident),
+    }
+    kinds = 3 + (config.policy.ema_decay is not None)  # Weights, two moments, the average.
+    copied = trained_elements(networks, shards) * _MASTER * kinds
+    if cuda:
+        found.host += copied  # Staged there, then written in the background.
+    elif config.checkpoint.background:
+        found.phases["save"]["copy being written"] = copied
+    return found
+
+
+def trained_elements(networks: Networks, shards: int = 1) -> int:
+    """Elements that are trained on one process, all networks together."""
+    return sum(n.elements(trained=True, shards=shards) for n in networks.networks.values())
+
+
+def _resident(
+    config: RunConfig, networks: Networks, found: Memory, shards: int, processes: int
+) -> dict[str, float]:
+    parallel, all_networks = config.parallel, networks.networks.values()
+    trained = trained_elements(networks, shards) * _MASTER
+    weights = float(sum(n.stored(shards) + n.buffers for n in all_networks))
+    copies = weights if config.loss.kl_weight > 0 and config.policy.train == "full" else 0.0
+    optimizer = 2.0 * trained
+    rows: dict[str, float] = {}
+    if processes > 1 and parallel.engine == "deepspeed":
+        found.unknown.append("DeepSpeed's buffers: by ZeRO's formulas, not measured")
+        optimizer = 3.0 * trained / processes  # A master copy of its slice besides.
+        if parallel.zero_stage == 3:
+            weights, copies = weights / processes, copies / processes
+        if parallel.offload_optimizer:
+            found.host, optimizer = found.host + optimizer, 0.0
+        rows["buffers"] = 2 * _BUCKET
+    if processes > 1 and parallel.engine == "ddp":
+        rows["buffers"] = trained  # DDP's buckets, beside the gradients.
+    rows |= {"weights": weights, "optimizer": optimizer}
+    if copies:
+        rows["reference"] = copies
+    if config.policy.ema_decay is not None:
+        rows["average"] = trained
+    return rows
+
+
+def _rollout(
+    config: RunConfig, networks: Networks, work: Work, sharded: bool, latent: int, cuda: bool
+) -> dict[str, float]:
+    most = 0.0
+    for name, batches in work.rollout.items():
+        trace = networks.call(
+            name, max(batches), "none", gathered=sharded, cuda=cuda, sp=config.parallel.sp
+        )
+        most = max(most, trace.forward_peak)
+    # Initial noise and a level's children stand beside what is kept of them.
+    rows = {"activations": most, "passing latents": float(work.passing * latent)}
+    if sharded:
+        rows["gathered weights"] = _gathered(networks, whole=config.parallel.gather_rollout)
+    return rows
+
+
+def _gathered(networks: Networks, *, whole: bool) -> float:
+    """Weights that are whole at once: a network's, or what is outside blocks and two blocks."""
+    width, most = networks.family.dtype.itemsize, 0
+    for network in networks.networks.values():
+        blocks = sorted((g.elements() for g in network.groups[1:]), reverse=True)
+        parts = blocks if whole else blocks[:2]  # The next block arrives while one works.
+        most = max(most, network.groups[0].elements() + sum(parts))
+    return float(most * width)
+
+
+def _gradients(config: RunConfig, networks: Networks, shards: int, processes: int) -> float:
+    whole = trained_elements(networks) * _MASTER
+    parallel = config.parallel
+    if processes > 1 and parallel.engine == "deepspeed":
+        return whole / (processes if parallel.zero_stage > 1 else 1)
+    return trained_elements(networks, shards) * _MASTER
+
+
+def _train(
+    config: RunConfig, networks: Networks, work: Work, found: Memory, shards: int, processes: int,
+    latent: int, cuda: bool,
+) -> dict[str, float]:  # fmt: skip
+    parallel = config.parallel
+    sharded = parallel.engine == "fsdp" and processes > 1
+    gradients = _gradients(config, networks, shards, processes)
+    activations = waiting = 0.0
+    several = any(len(batches) > 1 for update in work.training for batches in update.values())
+    for update in work.training:
+        for name, batches in update.items():
+            trace = networks.call(
+                name, max(batches), parallel.checkpointing, gathered=sharded, cuda=cuda,
+                sp=parallel.sp,
+            )  # fmt: skip
+            peak = trace.train_peak
+            if not sharded and not several:  # Gradients grow while activations go.
+                peak = max(trace.first_peak - gradients, 0.0)
+            if config.loss.kl_weight > 0:
+                peak = max(peak, trace.saved + trace.forward_peak)
+            if parallel.offload_activations:
+                peak, waiting = peak - trace.saved, max(waiting, trace.saved)
+            activations = max(activations, peak)
+    found.host += waiting
+    kept = work.children * latent  # The children's latents, beside their states'.
+    if config.loss.kl_weight > 0:
+        kept += config.loss.micro_batch_size * math.prod(networks.family.latent_shape) * 4
+    rows = {"gradients": gradients, "activations": activations, "loss": float(kept)}
+    if sharded:
+        rows["gathered weights"] = _gathered(networks, whole=False)
+        rows["gradients on the wire"] = _reducing(networks)
+        if parallel.defer_reduction and several:
+            rows["gradients"] = gradients + trained_elements(networks) * _MASTER
+    return rows
+
+
+def _reducing(networks: Networks) -> float:
+    """Of the largest block: its gradients as they come, and as float32 to be reduced."""
+    width = networks.family.dtype.itemsize + _MASTER
+    return float(
+        max(
+            (g.elements(trained=True) for n in networks.networks.values() for g in n.groups),
+            default=0,
+        )
+        * width
+    )
+
+
+def _condition_bytes(family: Family) -> int:
+    with without_storage():
+        return sum(t.numel() * t.element_size() for t in condition(family).flat().values())
+
+
+def reward_bytes(rewards: Iterable[RewardConfig]) -> tuple[float, float, list[str]]:
+    """(bytes that stay on the device, most that are brought for scoring, what is not known).
+
+    Sizes are those that the catalogue states: of the weights, without activations.
+    """
+    stay, brought, unknown = 0.0, 0.0, []
+    counted: set[str] = set()
+    for reward in rewards:
+        name = reward.name.partition(".")[0] if reward.name not in REWARDS else reward.name
+        if name in counted:
+            continue  # Parts of one model.
+        counted.add(name)
+        if name not in REWARDS:
+            unknown.append(f"weights and activations of the reward {reward.name}")
+            continue
+        stated = REWARDS[name].memory
+        sizes = re.findall(r"([\d.]+) (MB|GB)", stated)
+        if sizes:
+            # Where there are several the largest: which one a recipe loads is not read here.
+            size = max(float(number) * _UNITS[unit] for number, unit in sizes)
+            stay, brought = (stay, brought + size) if reward.offload else (stay + size, brought)
+            unknown.append(f"activations of the reward {name} (weights: {size / 1e9:g} GB)")
+        elif stated != "none":
+            unknown.append(f"weights and activations of the reward {name} ({stated})")
+    return stay, brought, unknown
