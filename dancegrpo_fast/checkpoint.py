@@ -285,27 +285,41 @@ def load(folder: Path, tensors: Collected, world: World) -> Snapshot | None:
     while (iteration := _newest_before(iteration, folder, world)) >= 0:
         candidate = folder / f"iteration-{iteration:06d}"
         manifest, damage = _check(candidate, world)
-        if damage:
-            if world.is_main:
-                logger.warning(
-                    "snapshot %s is damaged (%s); trying the one before", candidate, damage
-                )
-            continue
-        metadata = dcp.FileSystemReader(str(candidate)).read_metadata().state_dict_metadata
-        stored = {name: getattr(entry, "size", None) for name, entry in metadata.items()}
-        own = {name: tensor.shape for name, tensor in tensors.items()}
-        if differing := sorted(n for n in stored | own if stored.get(n) != own.get(n)):
-            raise UserError(
-                f"--resume: snapshot {candidate} holds other tensors than this configuration "
-                f"({differing[0]} and {len(differing) - 1} more differ); resume with the recipe it "
-                "was made with, or start in another output folder"
-            )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a.*")
-            dcp.load(tensors, checkpoint_id=str(candidate), no_dist=world.size == 1)
-        tensors.put_back()
-        return Snapshot(manifest["iteration"], tensors, manifest["extra"])
+        if not damage:
+            return _read(candidate, manifest, tensors, world)
+        if world.is_main:
+            logger.warning("snapshot %s is damaged (%s); trying the one before", candidate, damage)
     return None
+
+
+def load_one(candidate: Path, tensors: Collected, world: World) -> Snapshot:
+    """Load the snapshot that the user named into `tensors`. A collective."""
+    manifest, damage = _check(candidate, world)
+    if damage:
+        raise UserError(
+            f"--resume {candidate}: is no usable snapshot ({damage}); name a folder like "
+            "RUN/snapshots/iteration-000010, or use --resume latest"
+        )
+    return _read(candidate, manifest, tensors, world)
+
+
+def _read(
+    candidate: Path, manifest: dict[str, Any], tensors: Collected, world: World
+) -> Snapshot:
+    metadata = dcp.FileSystemReader(str(candidate)).read_metadata().state_dict_metadata
+    stored = {name: getattr(entry, "size", None) for name, entry in metadata.items()}
+    own = {name: tensor.shape for name, tensor in tensors.items()}
+    if differing := sorted(n for n in stored | own if stored.get(n) != own.get(n)):
+        raise UserError(
+            f"--resume: snapshot {candidate} holds other tensors than this configuration "
+            f"({differing[0]} and {len(differing) - 1} more differ); resume with the recipe it "
+            "was made with, or start in another output folder"
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a.*")
+        dcp.load(tensors, checkpoint_id=str(candidate), no_dist=world.size == 1)
+    tensors.put_back()
+    return Snapshot(manifest["iteration"], tensors, manifest["extra"])
 
 
 def file_hash(path: Path) -> str:

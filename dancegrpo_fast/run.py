@@ -34,7 +34,7 @@ from dancegrpo_fast.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, *, resume: bool = False) -> Path | None:
+def train(config: RunConfig, *, resume: bool | Path = False) -> Path | None:
     """Run a recipe to its end; returns the report page, if there were held-out prompts.
 
     The run's folder gets `recipe.yaml`, `metrics.jsonl`, `tensorboard/`, `clips/`, `snapshots/`,
@@ -51,6 +51,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path | None:
         world = World.from_environment(config.parallel)
         lock = FolderLock(Path(config.output), world)
         restarts = _restarts(world)
+        if restarts and Trainer.has_snapshots(config):
+            resume = True  # Also of a run that began at a named snapshot: it has gone on since.
         run = _Run(config, world, resume or restarts > 0, fresh_is_fine=restarts > 0)
         if restarts and world.is_main:
             done = run.trainer.done
@@ -102,7 +104,7 @@ def restore(folder: Path) -> Trainer:
 
 class _Run:
     def __init__(
-        self, config: RunConfig, world: World, resume: bool, *, fresh_is_fine: bool = False
+        self, config: RunConfig, world: World, resume: bool | Path, *, fresh_is_fine: bool = False
     ) -> None:
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.held_out: tuple[Prompt, ...] = ()
@@ -113,7 +115,10 @@ class _Run:
         self.trainer = Trainer(config, world)
         if self.held_out and self.trainer.family.needs_image:
             held_out.need_images("evaluation.prompts")
-        if resume and not self.trainer.resume():
+        named = resume if isinstance(resume, Path) else None
+        if named is not None:
+            self._may_branch(named)
+        if resume and not self.trainer.resume(named):
             begun = (self.folder / "metrics.jsonl").is_file()
             if (not begun and not fresh_is_fine) or self.trainer.saved_iterations():
                 raise UserError(
@@ -128,11 +133,23 @@ class _Run:
         self.log: MetricsLog | None = None
         if world.is_main:
             if resume:
-                _tell_changes(self.folder / "recipe.yaml", config)
+                recipe = (named.parents[1] if named else self.folder) / "recipe.yaml"
+                if recipe.is_file():
+                    _tell_changes(recipe, config)
             self.log = MetricsLog(self.folder, resumed=done if resume else None)
             (self.folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")
         self._spend("load", started)
         self.base: Evaluation | None = None
+
+    def _may_branch(self, named: Path) -> None:
+        """Refuse to leave snapshots of another continuation behind, where `latest` finds them."""
+        newest = self.trainer.saved_iterations()[-1:]
+        if newest and named.name != f"iteration-{newest[0]:06d}":
+            raise UserError(
+                f"--resume {named}: {self.trainer.snapshots} holds iteration {newest[0]}, which "
+                "would be mixed up with the new ones; add output=ANOTHER_FOLDER to branch off, or "
+                "use --resume latest"
+            )
 
     def to_end(self) -> Path | None:
         with self.log or nullcontext(), logging_redirect_tqdm():

@@ -300,6 +300,11 @@ class Trainer:
         folders = self.snapshots.glob("iteration-??????")
         return sorted(int(folder.name.removeprefix("iteration-")) for folder in folders)
 
+    @staticmethod
+    def has_snapshots(config: RunConfig) -> bool:
+        """Whether the run's folder holds any."""
+        return any((Path(config.output) / "snapshots").glob("iteration-??????"))
+
     def save(self) -> None:
         """Begin to write a snapshot of the last finished iteration; `saver.finish` waits for it."""
         tensors = checkpoint.collect(self.policy, self.engine.optimizers)
@@ -311,10 +316,14 @@ class Trainer:
         }
         self.saver.save(checkpoint.Snapshot(self.done, tensors, extra))
 
-    def resume(self) -> bool:
-        """Continue from the newest undamaged snapshot; False if there is none."""
+    def resume(self, named: Path | None = None) -> bool:
+        """Continue from a snapshot, or the newest undamaged one; False if there is none."""
         tensors = checkpoint.collect(self.policy, self.engine.optimizers)
-        snapshot = checkpoint.load(self.snapshots, tensors, self.world)
+        snapshot: checkpoint.Snapshot | None
+        if named is not None:
+            snapshot = checkpoint.load_one(named, tensors, self.world)
+        else:
+            snapshot = checkpoint.load(self.snapshots, tensors, self.world)
         if snapshot is None:
             return False
         self.done = snapshot.iteration

@@ -297,6 +297,26 @@ def test_resume_says_what_it_changes(tmp_path, tiny_wan_folder, caplog):
     ]
 
 
+def test_resume_from_a_named_snapshot(tmp_path, tiny_wan_folder, whole):
+    """A branch in another folder; in its own folder it would be mixed up with what came later."""
+    config = tiny_config(tmp_path, tiny_wan_folder, STOPPED | {"checkpoint.every": 1})
+    train(config)
+    newest, before = sorted(snapshots(config))[-1], sorted(snapshots(config))[-2]
+    with pytest.raises(UserError, match="add output=ANOTHER_FOLDER to branch off"):
+        train(config, resume=before)
+    branch = config.model_copy(update={"output": str(tmp_path / "branch")})
+    train(branch, resume=before)
+    hashes = [checkpoint.weights_hash(Path(c.output) / "final") for c in (whole, branch)]
+    assert hashes[0] == hashes[1]
+    assert [line["iteration"] for line in metrics_of(branch)] == [3]
+    train(config, resume=newest)
+    with pytest.raises(UserError, match="is no usable snapshot .manifest.json cannot be read"):
+        train(branch, resume=tmp_path / "nothing" / "iteration-000003")
+    flip(next(newest.glob("*.distcp")))
+    with pytest.raises(UserError, match="is no usable snapshot .*differs from what was written"):
+        train(config, resume=newest)
+
+
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_resume_with_other_held_out_prompts_measures_the_base_anew(
     tmp_path, tiny_wan_folder, trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 from typing import Any
 
 
@@ -29,8 +30,12 @@ examples:
     )
     parser.add_argument(
         "--resume",
-        choices=["latest"],
-        help="continue the run in the output folder from its newest undamaged snapshot",
+        metavar="latest|SNAPSHOT",
+        help=(
+            "continue the run in the output folder from its newest undamaged snapshot, or from "
+            "the snapshot of this folder (RUN/snapshots/iteration-000010), also of another run and "
+            "on another number of processes"
+        ),
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print the whole checked recipe and stop"
@@ -51,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     from dancegrpo_fast.run import train
 
-    page = train(config, resume=args.resume == "latest")
+    resume = Path(args.resume) if args.resume not in (None, "latest") else args.resume == "latest"
+    page = train(config, resume=resume)
     if page is not None:
         print(f"report: {page}")
     return 0

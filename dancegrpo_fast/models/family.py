@@ -335,12 +335,8 @@ class Family(ABC):
 
     def pipeline_options(self) -> dict[str, Any]:
         """Constructor arguments of the stock pipeline, from its index, that are no components."""
-        components = {"_class_name", "_diffusers_version", "_name_or_path"}
-        return {
-            k: v
-            for k, v in self.source.index.items()
-            if k not in components and not isinstance(v, list)
-        }
+        index = self.source.index
+        return {k: v for k, v in index.items() if k[0] != "_" and not isinstance(v, list)}
 
     @torch.no_grad()
     def draw(
