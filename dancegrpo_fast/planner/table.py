@@ -14,8 +14,9 @@ def mesh_text(estimate: Estimate) -> str:
         return f"parallel.engine={parallel.engine} parallel.checkpointing={parallel.checkpointing}"
     shard = "null" if parallel.dp_shard is None else parallel.dp_shard
     return (
-        f"parallel.engine=fsdp parallel.dp_replicate={parallel.dp_replicate} parallel.dp_shard={shard} "
-        f"parallel.sp={parallel.sp} parallel.checkpointing={parallel.checkpointing} "
+        f"parallel.engine=fsdp parallel.dp_replicate={parallel.dp_replicate} "
+        f"parallel.dp_shard={shard} parallel.sp={parallel.sp} "
+        f"parallel.checkpointing={parallel.checkpointing} "
         f"parallel.defer_reduction={str(parallel.defer_reduction).lower()} "
         f"parallel.gather_rollout={str(parallel.gather_rollout).lower()}"
     )
