@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from dancegrpo_fast.config import ParallelConfig, RunConfig, UserError
+from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.models import Family
 from dancegrpo_fast.models.loading import stored_tensors, weight_files
 from dancegrpo_fast.ops.noise import NoiseKey
