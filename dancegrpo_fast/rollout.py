@@ -128,6 +128,7 @@ def draw_trees(
     kinds = conditions.kinds
     front = _draw_roots(family, plan, held, keys, conditions, DTYPES[latent_dtype])
     histories = _Histories(drawn, family.action_box)
+    second_order = any(state.history for state in plan.states)
     for step in range(plan.schedule.steps):
         at_step()
         drawn.keep(front)
@@ -154,7 +155,8 @@ def draw_trees(
                 kids = plan.children[place[1]]
                 if keep_outputs and any(plan.states[kid].trained for kid in kids):
                     drawn.outputs[place] = output[row]
-                histories.step(place, latents[row].float(), output[row], following)
+                if second_order:
+                    histories.step(place, latents[row], output[row], following)
             progress(len(batch))
             made += 1
         for _ in range(0 if forwards is None else forwards[step] - made):
@@ -185,21 +187,20 @@ class _Histories:
             output: [C, F, H, W] m at the state.
             following: The next level's latents; those behind an edge with a history are replaced.
         """
-        plan, coefficients = self.drawn.plan, self.drawn.coefficients
+        plan = self.drawn.plan
         for child in plan.children[place[1]]:
             edge = (place[0], child)
-            if edge not in following:
-                continue  # Another process draws it.
-            a, b, *_, p, q = coefficients[child]
+            if edge not in following or plan.states[child].kind != "multistep":
+                continue  # Another process draws it, or nothing behind it has a history.
+            a, b, *_, p, q = self.drawn.coefficients[child]
+            x, m = latents.float(), output.float()
             if any(plan.states[grandchild].history for grandchild in plan.children[child]):
-                self.here[edge] = p * latents + q * output.float()
+                self.here[edge] = p * x + q * m
             if plan.states[child].history:
                 # Not from the op's step, which is rounded to the storage dtype already.
-                moved = a * latents + b * output.float()
-                moved += plan.history_factors[child] * self.before[place]
-                whole = latents.clone()
-                whole[self.inside] = moved[self.inside]
-                following[edge] = whole.to(following[edge].dtype)
+                moved = a * x + b * m + plan.history_factors[child] * self.before[place]
+                following[edge] = latents.clone()
+                following[edge][self.inside] = moved[self.inside].to(latents.dtype)
 
     def next_level(self) -> None:
         """What was left here is what the next level uses."""

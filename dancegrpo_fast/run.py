@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -21,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from dancegrpo_fast import checkpoint
 from dancegrpo_fast.config import Interrupted, RunConfig, UserError, dump, load_config
 from dancegrpo_fast.data import PromptSet
+from dancegrpo_fast.faults import is_full_disk, is_lost_peer
 from dancegrpo_fast.lock import FolderLock
 from dancegrpo_fast.models import export
 from dancegrpo_fast.parallel.stopping import SOON, StopRequested
@@ -67,9 +66,9 @@ def train(config: RunConfig, *, resume: bool | Path = False) -> Path | None:
         kept = f"the newest snapshot holds {at[-1]}" if at else "there is no snapshot yet"
         raise Interrupted(f"{config.output}: interrupted at once; {kept}") from None
     except (RuntimeError, OSError, SafetensorError) as error:
-        if _is_lost_peer(error):
+        if is_lost_peer(error):
             raise Interrupted(_lost_peer_message(config, run, error)) from error
-        if _is_full_disk(error):
+        if is_full_disk(error):
             told = f"{config.output}: {error}; make room and continue with --resume latest"
             raise UserError(told) from error
         raise
@@ -239,7 +238,7 @@ class _Run:
         try:
             yield
         except OSError as error:
-            if not _is_full_disk(error) or self.config.checkpoint.on_failure == "stop":
+            if not is_full_disk(error) or self.config.checkpoint.on_failure == "stop":
                 raise
             logger.error(
                 "%s: iteration %d could not be logged (%s); the run goes on "
@@ -372,22 +371,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = value
     return found
-
-
-def _is_full_disk(error: Exception) -> bool:
-    # Libraries that write in Rust raise no OSError.
-    full = (errno.ENOSPC, errno.EDQUOT)
-    text = str(error)
-    return getattr(error, "errno", None) in full or any(os.strerror(n) in text for n in full)
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    """Whether a collective failed because another process is gone or does not answer."""
-    if not isinstance(error, RuntimeError) or os.environ.get("WORLD_SIZE", "1") == "1":
-        return False
-    text = str(error).lower()
-    signs = ("gloo", "nccl", "timed out", "connection closed")
-    return isinstance(error, dist.DistError) or any(sign in text for sign in signs)
 
 
 def _lost_peer_message(config: RunConfig, run: _Run | None, error: Exception) -> str:

@@ -233,10 +233,10 @@ class _Builder:
         return self._extend(parent, 0, kind, False, 1.0)
 
     def multistep(self, parent: State) -> State:
-        """A DPM-Solver++ 2M step; only a deterministic step into `parent` leaves it a history."""
+        """A DPM-Solver++ 2M step, second order behind another one."""
         state = replace(
             self._extend(parent, 0, "multistep", False, 1.0),
-            history=parent.kind in ("ode", "multistep"),
+            history=parent.kind == "multistep",
         )
         self.states[-1] = state
         return state

@@ -252,6 +252,13 @@ def test_best_and_worst_of_the_full_pool() -> None:
     ]
 
 
+def test_the_best_alone() -> None:
+    kept = best_and_worst(scored([0.1, 0.9, 0.5, 0.7]), 2, "best")
+    assert kept.tolist() == [[False, True, False, True]]
+    failed = best_and_worst(scored([0.1, 0.9, NAN, 0.7]), 4, "best")
+    assert failed.tolist() == [[True, True, False, True]]  # Fewer are left than were asked for.
+
+
 def test_ties_keep_canonical_order() -> None:
     assert best_and_worst(scored([0, 0, 0, 0]), 2).tolist() == [[True, False, False, True]]
 

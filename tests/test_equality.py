@@ -36,6 +36,7 @@ TREES = {
     "shared_root": shared_root(SCHEDULE, 5),
     "independent_roots": independent_roots(SCHEDULE, 5),
     "window": window(SCHEDULE, 6, 1, 2),
+    "flash": window(SCHEDULE, 6, 0, 2, solver="multistep"),
     "branch_points": branch_points(SCHEDULE, (1, 2), 3, noise_scale=1.3),
     "trunk": trunk_with_branches(SCHEDULE, (1,), 6),
     "trunk_three_steps": trunk_with_branches(SCHEDULE, (0, 1, 3), 3, trunks=2),
@@ -61,6 +62,14 @@ SETTINGS = {
     "rewards_in_the_loss": {"weights": TWO_REWARDS, "combine": "loss"},
     "rewards_in_the_advantage": {"weights": TWO_REWARDS},
     "rewards_summed": {"weights": TWO_REWARDS, "combine": "reward"},
+    "first_steps_weighted": {
+        "fraction": 0.5, "timesteps": "first", "step_weights": (2.0, 0.5, 1.25, 3.0, 0.75),
+        "kl_weight": 0.07,
+    },
+    "steps_of_a_group": {"fraction": 0.5, "scope": "group", "updates": 2, "failures": True,
+                         "prompts": 4},
+    "listed_steps": {"timesteps": (0, 1, 2), "weights": TWO_REWARDS, "combine": "loss",
+                     "step_weights": (0.25, 4.0, 1.5, 1.0, 2.0)},
     "kl_and_box": {"kl_weight": 0.07, "box": BOX, "fraction": 0.6},
     "everything": {
         "kl_weight": 0.07, "box": BOX, "updates": 2, "fraction": 0.6, "best_of_n": 4,
@@ -151,8 +160,9 @@ def assert_ranks_add_up(case: Case, world_size: int) -> None:
         assert set(modules[0]) == set(updates[0].modules)
 
 
-def test_ranks_draw_the_bits_of_one_process() -> None:
-    case = make("branch_points", "leaf", "kl_and_box")
+@pytest.mark.parametrize("tree", ["branch_points", "flash"])
+def test_ranks_draw_the_bits_of_one_process(tree: str) -> None:
+    case = make(tree, "leaf", "kl_and_box")
     seen = set()
     for rank in range(4):
         part = case.draw(rank, 4)

@@ -21,7 +21,7 @@ LEVELS: tuple[set[str], ...] = (
     {"policy", "batching", "tree", "trajectories", "advantages", "roles", "prompt", "placing",
      "timesteps", "windows"},
     {"rollout", "losses", "models", "rewards", "parallel", "checkpoint", "data", "report", "quiet"},
-    {"trainer", "planner", "updating", "run", "networks", "lock"},
+    {"trainer", "planner", "updating", "run", "networks", "lock", "faults"},
     {"cli"},
     {"__main__"},
 )
@@ -54,6 +54,7 @@ ARROWS = {
     ("policy", "placing"),
     ("run", "trainer"),
     ("run", "lock"),
+    ("run", "faults"),
 }
 
 # Distributions whose modules have another name, and modules that come with another distribution.

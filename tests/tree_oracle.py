@@ -73,6 +73,9 @@ class Case:
     best_of_n: int | None = None
     updates: int = 1
     fraction: float = 1.0
+    timesteps: str | tuple[int, ...] = "random"
+    scope: str = "sample"
+    step_weights: tuple[float, ...] | None = None
     micro_batch_size: int = 4
     kl_weight: float = 0.0
     box: tuple[tuple[int, int], ...] | None = None
@@ -151,6 +154,11 @@ def schedule_updates(case: Case, rank: int = 0, world_size: int = 1) -> list[Upd
         world_size=world_size,
         updates=case.updates,
         timestep_fraction=case.fraction,
+        timesteps=case.timesteps,
+        timestep_scope=case.scope,
+        edge_weights=None if case.step_weights is None else np.array(
+            [case.step_weights[s.step - 1] if s.trained else 0.0 for s in case.plan.states]
+        ),
         micro_batch_size=case.micro_batch_size,
         edge_values=edges,
     )
@@ -297,6 +305,25 @@ def edge_values(case: Case, p: int) -> dict[int, tuple[float, ...]]:
     return {edge: _joined(case, row) for edge, row in normal.items()}
 
 
+def kept_edges(case: Case, p: int, g: int) -> list[int]:
+    """The trained edges of a sample that its subset of steps holds."""
+    plan, key = case.plan, KEY.fold_in(2)
+    way = walk(plan, leaves_of(plan)[g])
+    if isinstance(case.timesteps, tuple):
+        return [edge for edge in way if plan.states[edge].step - 1 in case.timesteps]
+    if case.fraction == 1:
+        return way
+    if case.timesteps == "first":
+        return way[: max(1, int(case.fraction * len(way)))]
+    if case.scope == "group":
+        steps = sorted({s.step for s in plan.states if s.trained})
+        order = permutation(len(steps), key.fold_in(2).fold_in(p).draw())
+        chosen = {steps[i] for i in order[: max(1, int(case.fraction * len(steps)))]}
+        return [edge for edge in way if plan.states[edge].step in chosen]
+    order = permutation(len(way), key.fold_in(1).fold_in(p).fold_in(g).draw())
+    return [way[i] for i in order[: max(1, int(case.fraction * len(way)))]]
+
+
 def explicit_terms(case: Case) -> list[list[Term]]:
     """The transitions of every update."""
     plan, key = case.plan, KEY.fold_in(2)
@@ -316,10 +343,7 @@ def explicit_terms(case: Case) -> list[list[Term]]:
         met: set[int] = set()
         for rank, g in enumerate(chosen):
             way = walk(plan, leaves_of(plan)[g])
-            kept = way
-            if case.fraction < 1:
-                order = permutation(len(way), key.fold_in(1).fold_in(p).fold_in(g).draw())
-                kept = [way[i] for i in order[: max(1, int(case.fraction * len(way)))]]
+            kept = kept_edges(case, p, g)
             for edge in way:
                 first = edge not in met
                 met.add(edge)
@@ -378,10 +402,14 @@ def explicit_losses(case: Case, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
     values = torch.tensor([term.values for term in terms], dtype=torch.float64)
     weights = [abs(w) for w in case.weights if w] if case.combine == "loss" else [1.0]
     total = case.kl_weight * kl
+    factor = torch.ones(len(terms), dtype=torch.float64)
+    if case.step_weights is not None:
+        steps = [case.plan.states[term.edge].step - 1 for term in terms]
+        factor = torch.tensor([case.step_weights[step] for step in steps], dtype=torch.float64)
     for column, weight in enumerate(weights):
         gain = values[:, column] * ratio
         clipped = values[:, column] * ratio.clamp(1 - CLIP, 1 + CLIP)
-        total = total - weight * torch.minimum(gain, clipped)
+        total = total - factor * weight * torch.minimum(gain, clipped)
     return total, ratio
 
 

@@ -125,7 +125,7 @@ def _updates(
     )
     selected, edges = advantages.valid, None
     if config.advantage.best_of_n is not None:
-        selected = best_and_worst(advantages, config.advantage.best_of_n)
+        selected = best_and_worst(advantages, config.advantage.best_of_n, config.advantage.keep)
     if config.advantage.credit != "leaf":
         edges, _ = edge_advantages(plan, drawn, weights, config.advantage)
     key = NoiseKey.from_seed(config.seed).fold_in(Role.SELECTION).fold_in(0)  # As the trainer's.
@@ -133,6 +133,7 @@ def _updates(
         plan, advantages, selected, key=key, modules=modules, rank=0, world_size=ranks,
         owner=owner, updates=config.loss.updates,
         timestep_fraction=config.loss.timestep_fraction,
+        timesteps=config.loss.timesteps, timestep_scope=config.loss.timestep_scope,
         micro_batch_size=config.loss.micro_batch_size, edge_values=edges,
     )  # fmt: skip
 

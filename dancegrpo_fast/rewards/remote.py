@@ -57,7 +57,7 @@ class Remote(SampleReward):
     ) -> None:
         urls = [path, *(others or [])]
         self.pool = Pool(urls, read_token(token_file), seconds, concurrency)
-        self.batch_size, self.pixels, self.cache = batch_size, pixels, Cache(cache)
+        self.batch_size, self.pixels, self.cache = batch_size, pixels, Cache[float](cache)
         (known,) = self.pool.ask([Question("/v1/rewards", None, _names)])
         if isinstance(known, Unanswered):
             raise ValueError(f"{known}; start it with: dancegrpo-fast serve-reward NAME")
@@ -94,7 +94,8 @@ class Remote(SampleReward):
             errors.update({i: why for i, why in zip(rows, answer.errors, strict=True) if why})
             if keys is not None:
                 for i in rows:
-                    self.cache.put(keys[i], float(values[i]))
+                    if values[i].isfinite():
+                        self.cache.put(keys[i], float(values[i]))
         return Scored.of(values, errors)
 
     def _chunks(self, samples: Samples, left: Sequence[int]) -> list[list[int]]:

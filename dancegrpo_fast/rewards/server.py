@@ -30,6 +30,8 @@ from dancegrpo_fast.rewards.engine import Engine, Expired, Job, Stopped
 
 logger = logging.getLogger(__name__)
 
+_DRAIN_SECONDS, _DRAIN_BYTES = 2.0, 64 * 2**20
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -101,6 +103,8 @@ class Service:
                 if answer == self.metrics:
                     kind = "text/plain; version=0.0.4"
             except _Refused as refused:
+                if refused.status != 408:
+                    await _drain(request)
                 status = refused.status
                 content = json.dumps({"error": str(refused)}).encode("ascii")
             except ClientDisconnect:
@@ -196,6 +200,19 @@ class Service:
         return body
 
 
+async def _drain(request: Any) -> None:
+    """Reads on for a while after a refusal: a client that still sends would see a reset instead."""
+    from starlette.requests import ClientDisconnect
+
+    drained = 0
+    with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):  # Already consumed.
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            async for part in request.stream():
+                drained += len(part)
+                if drained > _DRAIN_BYTES:
+                    return
+
+
 def bound_socket(host: str, port: int, *, has_token: bool) -> socket.socket:
     """A socket to serve on.
 
@@ -203,7 +220,7 @@ def bound_socket(host: str, port: int, *, has_token: bool) -> socket.socket:
         UserError: The address cannot be had, or others can reach it and there is no token.
     """
     try:
-        (family, kind, _, _, address), *_ = socket.getaddrinfo(
+        (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         # A zone (fe80::1%eth0) is no part of the address.
@@ -211,7 +228,8 @@ def bound_socket(host: str, port: int, *, has_token: bool) -> socket.socket:
             raise UserError(
                 f"--host = {host!r}: others can reach it; give --token-file, or serve on 127.0.0.1"
             )
-        found = socket.socket(family, kind)
+        # With its protocol named: asyncio turns off Nagle's 40 ms on such sockets only.
+        found = socket.socket(family, kind, protocol)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
         return found

@@ -56,7 +56,13 @@ _LARGEST = 16 * 2**20  # Bytes read from a server.
 
 
 def load_template(template: Template, file: str | Path | None = None) -> str:
-    """The text of a template, with its `{text_prompt}`.
+    """The text of a template, with its `{text_prompt}`; see `load_source`."""
+    source = load_source(template, file)
+    return "".join(constant(source, name) for name in template.constants)
+
+
+def load_source(template: Template, file: str | Path | None = None) -> str:
+    """The file that holds a template; it is read and never run.
 
     Args:
         template: Which.
@@ -84,7 +90,7 @@ def load_template(template: Template, file: str | Path | None = None) -> str:
         partial = cached.with_suffix(f".{os.getpid()}")
         partial.write_bytes(content)
         partial.replace(cached)
-    return "".join(constant(content.decode("utf-8"), name) for name in template.constants)
+    return content.decode("utf-8")
 
 
 def constant(source: str, name: str) -> str:

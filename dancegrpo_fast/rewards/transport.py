@@ -286,22 +286,22 @@ def read_token(file: str | None) -> str | None:
     return token
 
 
-class Cache:
-    """The last answers by what was asked; failures are never kept."""
+class Cache(Generic[T]):
+    """The last answers by a hash of what was asked; only keep what is one."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._values: OrderedDict[bytes, float] = OrderedDict()
+        self._values: OrderedDict[bytes, T] = OrderedDict()
 
-    def get(self, key: bytes) -> float | None:
+    def get(self, key: bytes) -> T | None:
         """What was kept."""
         if key in self._values:
             self._values.move_to_end(key)
         return self._values.get(key)
 
-    def put(self, key: bytes, value: float) -> None:
-        """Keep a finite value."""
-        if self.size and value - value == 0:
+    def put(self, key: bytes, value: T) -> None:
+        """Keep an answer."""
+        if self.size:
             self._values[key] = value
             while len(self._values) > self.size:
                 self._values.popitem(last=False)
