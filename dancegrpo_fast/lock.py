@@ -14,14 +14,25 @@ from dancegrpo_fast.parallel.world import World
 class FolderLock:
     """Held by the main process for as long as it lives: a killed run leaves nothing behind.
 
-    Raises:
-        UserError: Another run holds the folder.
+    A folder that is there is locked at once; one that is not stays so until `take`, since a recipe
+    with a mistake must write nothing.
     """
 
     def __init__(self, folder: Path, world: World) -> None:
+        self._folder, self._writes = folder, world.is_main
         self._handle: int | None = None
-        if not world.is_main:
+        if folder.is_dir():
+            self.take()
+
+    def take(self) -> None:
+        """Make the folder and lock it, if that is not done.
+
+        Raises:
+            UserError: Another run holds the folder.
+        """
+        if self._handle is not None or not self._writes:
             return
+        folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:

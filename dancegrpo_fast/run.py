@@ -52,7 +52,7 @@ def train(config: RunConfig, *, resume: bool | Path = False) -> Path | None:
         restarts = _restarts(world)
         if restarts and Trainer.has_snapshots(config):
             resume = True  # Also of a run that began at a named snapshot: it has gone on since.
-        run = _Run(config, world, resume or restarts > 0, fresh_is_fine=restarts > 0)
+        run = _Run(config, world, lock, resume or restarts > 0, fresh_is_fine=restarts > 0)
         if restarts and world.is_main:
             done = run.trainer.done
             logger.warning("torchrun restart %d: going on after iteration %d", restarts, done)
@@ -103,7 +103,13 @@ def restore(folder: Path) -> Trainer:
 
 class _Run:
     def __init__(
-        self, config: RunConfig, world: World, resume: bool | Path, *, fresh_is_fine: bool = False
+        self,
+        config: RunConfig,
+        world: World,
+        lock: FolderLock,
+        resume: bool | Path,
+        *,
+        fresh_is_fine: bool = False,
     ) -> None:
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.held_out: tuple[Prompt, ...] = ()
@@ -114,6 +120,7 @@ class _Run:
         self.trainer = Trainer(config, world)
         if self.held_out and self.trainer.family.needs_image:
             held_out.need_images("evaluation.prompts")
+        lock.take()  # The recipe is sound: from here on the run writes.
         named = resume if isinstance(resume, Path) else None
         if named is not None:
             self._may_branch(named)

@@ -77,8 +77,8 @@ def record(start: int, out: Path) -> None:
     """What this start of the main process finds in the run's folder, and goes on from."""
     original = Trainer.resume
 
-    def resume(self: Trainer) -> bool:
-        found = original(self)
+    def resume(self: Trainer, named: Path | None = None) -> bool:
+        found = original(self, named)
         if self.world.is_main:
             path = Path(self.config.output) / "metrics.jsonl"
             lines = read_metrics(path) if path.is_file() else []

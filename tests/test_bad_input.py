@@ -73,7 +73,7 @@ def refused(capsys, *arguments: str) -> list[str]:
             "holds no prompt; write one a",
         ),
         # the model's own limits
-        ("model.height=20", "model.height = 20", "must be a multiple of 8"),
+        ("model.height=20", "model.height = 20", "must be a multiple of 16 here; use 16 or 32"),
         (
             "model.frames=4",
             "model.frames = 4",

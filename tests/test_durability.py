@@ -248,6 +248,7 @@ def run_script(script: Path, *arguments: str, processes: int = 1) -> subprocess.
 def test_a_second_run_in_a_folder_is_refused(tmp_path, tiny_wan_folder):
     config = tiny_config(tmp_path, tiny_wan_folder, LORA)
     lock = FolderLock(Path(config.output), CPU)
+    lock.take()
     with pytest.raises(UserError, match=rf"another run is writing here \(process {os.getpid()} on"):
         train(config)
     lock.release()
@@ -255,7 +256,7 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path, tiny_wan_folder):
 
 
 def test_other_ranks_take_no_lock(tmp_path):
-    FolderLock(tmp_path, World(1, 2, torch.device("cpu")))
+    FolderLock(tmp_path, World(1, 2, torch.device("cpu"))).take()
     assert not (tmp_path / "run.lock").exists()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from mesh_worker import FAMILIES, case_of, prompts_file, run
 
-LIMIT = 2e-4
+LIMIT = 2e-3
 WORKER = Path(__file__).with_name("mesh_worker.py")
 TWO = [f"{family}/{mesh}" for family in FAMILIES for mesh in ("fsdp", "sp_checkpointed")]
 TWO += ["wan/ddp", "qwen/ddp", "flux/fsdp_lora", "hunyuan/sp_lora"]
@@ -97,7 +97,8 @@ def compare(pair: str, processes: int, folder: Path, alone) -> None:
     assert drawn == set(one["samples"])
     norms = torch.tensor([g.norm() for g in one["gradients"].values()])
     # tests/parallel holds one backward to 2e-6. Here samples, and so rewards, differ by rounding
-    # first, and advantages divide that by the spread of a group's rewards.
+    # first, and advantages divide that by the spread of a group's rewards: 5e-4 at most was seen. A
+    # wrong factor, a lost slice or a doubled sum is off by a tenth and more.
     floor = 1e-3 * norms[norms > 0].median()
     errors = {}
     for name, expected in one["gradients"].items():

@@ -23,13 +23,12 @@ from dancegrpo_fast.planner.estimate import meshes
 from dancegrpo_fast.planner.memory import reward_bytes
 from dancegrpo_fast.planner.network import Networks
 from dancegrpo_fast.planner.tracing import ATTENTION_FLOPS, Counter, measure, trace, without_storage
-from dancegrpo_fast.planner.traffic import Mesh, exchanged, wire
+from dancegrpo_fast.planner.traffic import Mesh, exchanged
 from dancegrpo_fast.planner.work import work_of
 from dancegrpo_fast.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent / "families"))
-import traffic
 
 ALONE = Hardware(1)
 
@@ -214,6 +213,8 @@ def live_bytes() -> int:
     storages = {}
     for found in gc.get_objects():
         if type(found) in (torch.Tensor, torch.nn.Parameter) and found.device.type == "cpu":
+            if found.layout != torch.strided:
+                continue
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
@@ -320,31 +321,6 @@ def test_rewards_are_counted_or_said_to_be_unknown(tmp_path, model):
 
 
 # ---- traffic -------------------------------------------------------------------------------------
-
-
-def test_bytes_on_the_wire_are_those_that_are_counted(tmp_path_factory):
-    """benchmarks/traffic.py's counts on 4 gloo processes, to the byte."""
-    folder = tmp_path_factory.mktemp("traffic")
-    found = traffic.launch(folder)["patterns"]
-    for name, pattern in traffic.PATTERNS.items():
-        config = tiny_config(folder / "planned", folder / "model", traffic.COMMON | pattern)
-        family = open_family(config.model)
-        copies = config.parallel.dp_replicate
-        mesh = Mesh(copies, traffic.PROCESSES // copies, traffic.MACHINE)
-        planned = wire(
-            config.parallel, mesh, Networks(config, family).networks,
-            work_of(config, family, traffic.PROCESSES), width=4, reference=False, copied=False,
-        )  # fmt: skip
-        for stage, moved in zip(("rollout", "update"), planned, strict=True):
-            counted = {
-                reach: sum(
-                    size
-                    for key, size in found[name]["received"].items()
-                    if key.startswith(stage) and key.endswith(reach) and "/values/" not in key
-                )
-                for reach in ("inside", "between")
-            }
-            assert vars(moved) == pytest.approx(counted), (name, stage)
 
 
 def test_exchanges_of_sequence_parallelism(tmp_path, model):

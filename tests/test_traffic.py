@@ -9,6 +9,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import traffic
+from tiny_models import tiny_config
+
+from dancegrpo_fast.models import open_family
+from dancegrpo_fast.planner.network import Networks
+from dancegrpo_fast.planner.traffic import Mesh, wire
+from dancegrpo_fast.planner.work import work_of
 
 GROUPS = 3  # FSDP2's: the tiny network's two blocks, and the rest.
 
@@ -45,3 +51,26 @@ def test_gradients_cross_machines_once_per_update(patterns):
     deferred = patterns["ours, gradients once per update"]
     assert calls(deferred, "update/reduce_scatter_tensor/inside") == GROUPS
     assert calls(patterns["ours"], "update/reduce_scatter_tensor/inside") > GROUPS
+
+
+def test_the_planner_predicts_what_is_counted(patterns, tmp_path, tiny_wan_folder):
+    """To the byte."""
+    for name, pattern in traffic.PATTERNS.items():
+        config = tiny_config(tmp_path, tiny_wan_folder, traffic.COMMON | pattern)
+        family = open_family(config.model)
+        copies = config.parallel.dp_replicate
+        mesh = Mesh(copies, traffic.PROCESSES // copies, traffic.MACHINE)
+        planned = wire(
+            config.parallel, mesh, Networks(config, family).networks,
+            work_of(config, family, traffic.PROCESSES), width=4, reference=False, copied=False,
+        )  # fmt: skip
+        for stage, moved in zip(("rollout", "update"), planned, strict=True):
+            counted = {
+                reach: sum(
+                    size
+                    for key, size in patterns[name]["received"].items()
+                    if key.startswith(stage) and key.endswith(reach) and "/values/" not in key
+                )
+                for reach in ("inside", "between")
+            }
+            assert vars(moved) == pytest.approx(counted), (name, stage)

@@ -84,7 +84,8 @@ class Scored:
     def of(cls, values: Tensor, errors: Mapping[int, str] | None = None) -> Scored:
         """From scores, NaN where they failed, and the reasons that are known, by position."""
         values, known = values.detach().to("cpu", torch.float32).clone(), errors or {}
-        values[list(known)] = torch.nan
+        if known:
+            values[list(known)] = torch.nan
         failed = (not_a_number(value) for value in values.flatten().tolist())
         reasons = (known.get(i, bad) if bad else "" for i, bad in enumerate(failed))
         values[~values.isfinite()] = torch.nan
