@@ -32,7 +32,7 @@ from timing import environment, write_json
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_models import tiny_config, tiny_wan  # noqa: E402
 
-from dancegrpo_fast.parallel.world import World  # noqa: E402
+from dancegrpo_fast.parallel.world import World, leave  # noqa: E402
 from dancegrpo_fast.trainer import Trainer  # noqa: E402
 
 PROCESSES, MACHINE = 4, 2
@@ -197,7 +197,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments.worker)
-        return
+        leave(0)
     with tempfile.TemporaryDirectory() as folder:
         result = launch(Path(folder))
     print(f"{PROCESSES} processes, {MACHINE} a machine; parameters: {result['parameters']} bytes")

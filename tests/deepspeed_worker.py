@@ -20,7 +20,7 @@ from dancegrpo_fast.checkpoint import collect
 from dancegrpo_fast.config import ParallelConfig, RunConfig
 from dancegrpo_fast.models import export
 from dancegrpo_fast.models.family import evaluate
-from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.parallel.world import World, leave
 from dancegrpo_fast.run import train
 from dancegrpo_fast.trainer import Trainer
 
@@ -196,3 +196,4 @@ def main(models: Path, out: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    leave(0)

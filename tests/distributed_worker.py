@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from dancegrpo_fast import rollout
 from dancegrpo_fast.config import ParallelConfig, RunConfig
 from dancegrpo_fast.losses.gate import RatioGateError
-from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.parallel.world import World, leave
 from dancegrpo_fast.run import train
 from dancegrpo_fast.trainer import Trainer
 
@@ -271,3 +271,4 @@ def main(models: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave(0)

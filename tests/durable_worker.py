@@ -25,7 +25,7 @@ from distributed_worker import _record, one_config, whole_weights
 
 from dancegrpo_fast import rollout, updating
 from dancegrpo_fast.config import Interrupted, ParallelConfig, RunConfig, UserError
-from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.parallel.world import World, leave
 from dancegrpo_fast.run import train
 from dancegrpo_fast.trainer import Trainer
 
@@ -229,3 +229,4 @@ def main(what: str, model: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    leave(0)

@@ -93,6 +93,8 @@ def record(start: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    from dancegrpo_fast.parallel.world import leave
+
     torch.set_num_threads(1)
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     recipe, harms, out = sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
@@ -104,4 +106,5 @@ if __name__ == "__main__":
     if code == 0:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
         code = main(["train", recipe, f"output={out / 'whole'}"])
+    leave(code)
     sys.exit(code)

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "families")]
 from conformance import Case  # noqa: E402
 
-from dancegrpo_fast.parallel.world import World  # noqa: E402
+from dancegrpo_fast.parallel.world import World, leave  # noqa: E402
 from dancegrpo_fast.prompt import Prompt  # noqa: E402
 from dancegrpo_fast.trainer import Trainer  # noqa: E402
 
@@ -110,3 +110,4 @@ if __name__ == "__main__":
         rank = os.environ["RANK"]
         found = run(family, mesh, models, out / f"{family}-{mesh}-{rank}")
         torch.save(found, out / f"{family}-{mesh}-{rank}.pt")
+    leave(0)

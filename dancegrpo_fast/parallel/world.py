@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -147,8 +149,22 @@ class World:
 
     def close(self) -> None:
         """Leave the group."""
-        if self.size > 1:
+        if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End this process at once, if torchrun started it; otherwise return.
+
+    Everything is written and the group is left: what follows is the interpreter's teardown, in
+    which threads of gloo now and then abort (torch 2.13, seen once in ten short runs); torchrun
+    would take that for a failure, and restart a finished run.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def weight_axes(parallel: ParallelConfig, size: int) -> tuple[int, int]:

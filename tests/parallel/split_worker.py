@@ -342,4 +342,7 @@ def main(table: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    from dancegrpo_fast.parallel.world import leave
+
     main(sys.argv[1], Path(sys.argv[2]))
+    leave(0)

@@ -13,7 +13,7 @@ import torch
 from dancegrpo_fast.advantages import leaf_advantages
 from dancegrpo_fast.batching import leaf_owners
 from dancegrpo_fast.config import AdvantageConfig
-from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.parallel.world import World, leave
 from dancegrpo_fast.rewards import Samples
 from dancegrpo_fast.rewards.combine import Threshold, WinRate
 from dancegrpo_fast.rewards.scoring import score_latents
@@ -88,3 +88,4 @@ if __name__ == "__main__":
     rewards, advantages = scored(world)
     np.savez(Path(sys.argv[1]) / f"{world.rank}.npz", rewards=rewards, advantages=advantages)
     world.close()
+    leave(0)
