@@ -26,9 +26,12 @@ def check(config: RunConfig, family: Family, world: World) -> None:
         size // patch
         for size, patch in zip(family.latent_shape[1:], family.token_patch(), strict=True)
     )
-    # Qwen-Image pads its trimmed text to a multiple of the degree.
-    trimmed = family.config.family == "qwen_image"
-    text_tokens = parallel.sp if trimmed else family.max_text_length
+    if parallel.engine == "deepspeed" and parallel.sp > 1:
+        raise UserError(
+            f"parallel.sp = {parallel.sp}: not verified with parallel.engine = deepspeed; use fsdp"
+        )
+    padded = family.pads_split_text
+    text_tokens = parallel.sp if padded else family.max_text_length
     for name in family.grid.networks:
         network = family.source.config(name)
         check_sequence(network, family.sequence, parallel.sp, tokens, text_tokens)
@@ -37,7 +40,7 @@ def check(config: RunConfig, family: Family, world: World) -> None:
             network=network["_class_name"],
             kind=family.sequence,
             degree=parallel.sp,
-            masked=trimmed and parallel.sp > 1,
+            masked=padded and parallel.sp > 1,
             trained=True,
             dtype=family.dtype,
             device=world.device,
@@ -73,7 +76,8 @@ def assemble(
     engine = make_engine(policy.modules, parallel, config.optimizer, world)
     # Adapters and copies are there; a split network cannot be copied.
     for module in [*policy.modules.values(), *policy.frozen.values()]:
-        set_attention(module, parallel.attention, masked=family.text_multiple > 1)
+        masked = family.pads_split_text and parallel.sp > 1
+        set_attention(module, parallel.attention, masked=masked)
         if parallel.sp > 1:
             assert world.tokens is not None
             split_sequence(module, family.sequence, world.tokens)

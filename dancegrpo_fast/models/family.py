@@ -65,6 +65,8 @@ class Family(ABC):
     """Text tokens that the stock pipeline gives the network (`model.max_text_length` overrides)."""
     sequence: ClassVar[str] = ""
     """How tokens are split over processes: "ulysses", "replicated_text", or "" for not at all."""
+    pads_split_text: ClassVar[bool] = False
+    """Whether `network` pads its trimmed text to `text_multiple` tokens, masked, when split."""
     guidance_input: ClassVar[float | None] = None
     """Scale that the network takes as an input unless the recipe says otherwise; None: no input."""
     takes_image: ClassVar[bool] = False

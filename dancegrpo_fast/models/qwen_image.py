@@ -45,6 +45,7 @@ class QwenImageFamily(Family):
     ]  # fmt: skip
     text_length = 512
     sequence = "ulysses"
+    pads_split_text = True
 
     def read_latent_shape(self) -> tuple[int, ...]:
         config, vae = self.config, self.source.config("vae")

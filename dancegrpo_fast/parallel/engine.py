@@ -9,6 +9,7 @@ their weights are there, then `gathered`, `call`, `backward` and `step` in every
 """
 
 # No `from __future__ import annotations`: DDP compares a hook's annotations with the classes.
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dancegrpo_fast.config import OptimizerConfig, ParallelConfig
 from dancegrpo_fast.parallel.activations import kept_activations
 from dancegrpo_fast.parallel.world import World
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(ABC):
@@ -242,6 +245,8 @@ def make_engine(
     world: World,
 ) -> Engine:
     """The engine a recipe asks for; alone, weights stay where they are."""
+    if world.size == 1 and (parallel.engine == "deepspeed" or parallel.defer_reduction):
+        logger.warning("one process: parallel.engine and its settings have nothing to spread")
     kinds: dict[str, type[Engine]] = {"ddp": Replicated, "fsdp": Sharded}
     if world.size > 1 and parallel.engine == "deepspeed":
         # Imported only here: it is an optional package, and slow to import.
