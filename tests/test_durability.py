@@ -350,6 +350,16 @@ def test_a_mesh_that_does_not_fit_is_refused():
         weight_axes(ParallelConfig(sp=3), 8)
 
 
+def test_what_is_not_verified_together_is_refused(tmp_path, tiny_wan_folder):
+    from dancegrpo_fast.models import open_family
+    from dancegrpo_fast.networks import check
+
+    settings = {"parallel.engine": "deepspeed", "parallel.sp": 2}
+    config = tiny_config(tmp_path, tiny_wan_folder, settings)
+    with pytest.raises(UserError, match="parallel.sp = 2: not verified with .*deepspeed; use fsdp"):
+        check(config, open_family(config.model), CPU)
+
+
 def test_ranks_of_a_group_share_the_scoring():
     import numpy as np
 
