@@ -262,7 +262,9 @@ class _Run:
             return
         config, trainer = self.config, self.trainer
         rewards = [reward.model_dump(exclude={"weight", "offload"}) for reward in config.rewards]
-        made_with = (self.held_out, config.evaluation, config.model, config.rollout.steps, rewards)
+        rollout = config.rollout
+        grid = (rollout.steps, rollout.schedule, rollout.shift, rollout.dynamics)
+        made_with = (self.held_out, config.evaluation, config.model, grid, rewards)
         # Named by all it depends on: a resumed run that changes any of it must not compare with it.
         digest = hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]
         kept = self.folder / f"evaluation-base-{digest}.npz"
@@ -292,8 +294,6 @@ class _Run:
             tqdm(total=count, desc=f"evaluate {what}", leave=False, disable=hidden) as bar,
             trainer.engine.gathered() as modules,
         ):
-            for name in modules:  # All ranks gather in one order, also those without a prompt.
-                modules[name]
             found = evaluate(
                 lambda prompts, latents: trainer.draw(modules, prompts, latents),
                 self.held_out,

@@ -265,6 +265,10 @@ def main(models: Path, out: Path) -> None:
         found = run_case(name, world, models, out / name)
         torch.save(found, out / f"{name}-{world.rank}.pt")
     torch.save(gate_message(world, models, out / "gate"), out / f"gate-{world.rank}.pt")
+    # Three prompts, one at a time: two draws here and one there, and two experts to gather in each.
+    experts = {"model.path": str(models / "wan2"), "evaluation.batch_size": 1, "iterations": 1}
+    train(whole_run(out / "experts", models, world, **experts))
+    world = World.from_environment(ParallelConfig(timeout_seconds=LIMIT))
     config = whole_run(out / "whole", models, world)
     train(config)  # leaves the group
 

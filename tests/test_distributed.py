@@ -171,6 +171,19 @@ def test_whole_run_on_two_processes_and_its_resume_on_one(two_processes, models,
         assert "lora_B" not in name or value.abs().max() > 5e-4
 
 
+def test_experts_are_evaluated_by_processes_with_unequal_work(two_processes, models, tmp_path):
+    """Gathering an expert is an exchange: the process with fewer prompts takes part in each."""
+    changes = {"model.path": str(models / "wan2"), "evaluation.batch_size": 1, "iterations": 1}
+    one = whole_run(tmp_path, models, CPU, **changes)
+    train(one)
+    scores = [
+        np.load(next((folder / "run").glob("evaluation-base-*.npz")))["scores"]
+        for folder in (two_processes / "experts", tmp_path)
+    ]
+    assert scores[0].shape == (3, 1, 1)
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
+
+
 def test_too_few_samples_for_the_processes_is_refused():
     with pytest.raises(ValueError, match="1 prompts x 2 samples .* 3 processes"):
         leaf_owners(1, 2, 3)

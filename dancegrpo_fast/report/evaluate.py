@@ -118,8 +118,15 @@ def evaluate(
     own = [int(p) for p in parts[world.data_rank]]
     jobs = [(p, s) for p in own for s in range(config.seeds)]
     videos = torch.empty((len(jobs), *sample_shape), dtype=torch.uint8)
-    for start in range(0, len(jobs), config.batch_size):
+    # Every process draws as many batches as the busiest: where weights are gathered by networks (two
+    # experts), a draw is an exchange that all take part in.
+    most = -(-max(len(part) for part in parts) * config.seeds // config.batch_size)
+    for number in range(most):
+        start = number * config.batch_size
         batch = jobs[start : start + config.batch_size]
+        if not batch:
+            draw([prompts[0]], initial_latents(config, [(0, 0)], latent_shape, world.device))
+            continue
         latents = initial_latents(config, batch, latent_shape, world.device)
         drawn = draw([prompts[p] for p, _ in batch], latents)
         videos[start : start + len(batch)] = (drawn * 255).round().to(torch.uint8).cpu()
