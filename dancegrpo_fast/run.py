@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +14,14 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dancegrpo_fast import checkpoint
 from dancegrpo_fast.config import Interrupted, RunConfig, UserError, dump, load_config
-from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.faults import is_full_disk, is_lost_peer
+from dancegrpo_fast.held_out import HeldOut
 from dancegrpo_fast.lock import FolderLock
 from dancegrpo_fast.models import export
 from dancegrpo_fast.parallel.stopping import SOON, StopRequested
 from dancegrpo_fast.parallel.world import World
-from dancegrpo_fast.prompt import Prompt
-from dancegrpo_fast.report.evaluate import Difference, Evaluation, evaluate
-from dancegrpo_fast.report.metrics import MetricsLog
-from dancegrpo_fast.report.result import Outcome, write_report, write_summary
+from dancegrpo_fast.report.metrics import RunLog
 from dancegrpo_fast.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -112,14 +106,10 @@ class _Run:
         fresh_is_fine: bool = False,
     ) -> None:
         self.config, self.world, self.folder = config, world, Path(config.output)
-        self.held_out: tuple[Prompt, ...] = ()
-        if config.evaluation.prompts:
-            held_out = PromptSet.load(config.evaluation.prompts, field="evaluation.prompts")
-            self.held_out = held_out.prompts
+        self.held_out = HeldOut(config)
         started = time.perf_counter()
         self.trainer = Trainer(config, world)
-        if self.held_out and self.trainer.family.needs_image:
-            held_out.need_images("evaluation.prompts")
+        self.held_out.check(self.trainer)
         lock.take()  # The recipe is sound: from here on the run writes.
         named = resume if isinstance(resume, Path) else None
         if named is not None:
@@ -136,16 +126,15 @@ class _Run:
             if world.is_main:
                 logger.warning("%s: no snapshot yet, starting at iteration 0", self.folder)
         done = self.trainer.done
-        self.log: MetricsLog | None = None
+        if resume and world.is_main:
+            recipe = (named.parents[1] if named else self.folder) / "recipe.yaml"
+            if recipe.is_file():
+                _tell_changes(recipe, config)
+        # The log first: it refuses a folder that holds a run.
+        self.log = RunLog(config, world.is_main, resumed=done if resume else None)
         if world.is_main:
-            if resume:
-                recipe = (named.parents[1] if named else self.folder) / "recipe.yaml"
-                if recipe.is_file():
-                    _tell_changes(recipe, config)
-            self.log = MetricsLog(self.folder, resumed=done if resume else None)
             (self.folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")
-        self._spend("load", started)
-        self.base: Evaluation | None = None
+        self.trainer.spend("load", started)
 
     def _may_branch(self, named: Path) -> None:
         """Refuse to leave snapshots of another continuation behind, where `latest` finds them."""
@@ -158,18 +147,19 @@ class _Run:
             )
 
     def to_end(self) -> Path | None:
-        with self.log or nullcontext(), logging_redirect_tqdm():
-            self._evaluate_base()
+        trainer = self.trainer
+        with self.log, logging_redirect_tqdm():
+            self.held_out.untrained(trainer, self.log)
             self._iterate()
-            self.trainer.stopping.settle()
+            trainer.stopping.settle()
             final = self.folder / "final"
             started = time.perf_counter()
-            export(self.trainer.family, self.trainer.policy, final, main=self.world.is_main)
-            self._spend("export", started)
+            export(trainer.family, trainer.policy, final, main=self.world.is_main)
+            trainer.spend("export", started)
             if self.world.is_main:
                 logger.info("weights for a stock pipeline: %s", final)
             self.world.barrier()
-            return self._report(final) if self.held_out else None
+            return self.held_out.report(trainer, self.log, final)
 
     def _iterate(self) -> None:
         trainer, config = self.trainer, self.config
@@ -190,10 +180,10 @@ class _Run:
                     trainer.save()
                     if last:
                         trainer.saver.finish()
-                    self._spend("snapshot", started)
+                    trainer.spend("snapshot", started)
                 every = config.evaluation.every
                 if every and trainer.done % every == 0 and not last:
-                    self._evaluate_now()
+                    self.held_out.now(trainer, self.log)
                 trainer.stopping.ask(until=SOON)
 
     def abandon(self) -> str:
@@ -226,137 +216,14 @@ class _Run:
         )
 
     def _log_iteration(self, metrics: dict[str, float], bar: tqdm) -> None:
-        trainer = self.trainer
-        if self.log is None:
-            return
-        with self._full_disk_survived():
-            self.log.write(trainer.done, metrics)
-            every = self.config.checkpoint.every
-            if trainer.clip and (trainer.done == 1 or trainer.done % every == 0):
-                self.log.add_clip(trainer.clip[0], trainer.clip[1], trainer.done)
+        trainer, every = self.trainer, self.config.checkpoint.every
+        clips = []
+        if trainer.clip and (trainer.done == 1 or trainer.done % every == 0):
+            clips = [trainer.clip]
+        self.log.write(trainer.done, metrics, clips)
         shown = {"reward": metrics["reward/mean"], "gap": metrics["gate/max_gap"]}
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
         bar.update()
-
-    @contextmanager
-    def _full_disk_survived(self) -> Iterator[None]:
-        """Inside, the log is written; a disk that is full costs a picture, not the run."""
-        assert self.log is not None
-        try:
-            yield
-        except OSError as error:
-            if not is_full_disk(error) or self.config.checkpoint.on_failure == "stop":
-                raise
-            logger.error(
-                "%s: iteration %d could not be logged (%s); the run goes on "
-                "(checkpoint.on_failure = continue)",
-                self.folder, self.trainer.done, error,
-            )  # fmt: skip
-            self.log.recover()
-
-    # ---- evaluation ----------------------------------------------------------------------------
-
-    def _evaluate_base(self) -> None:
-        """The untrained model; kept beside the run for a resumed one."""
-        if not self.held_out:
-            return
-        config, trainer = self.config, self.trainer
-        rewards = [reward.model_dump(exclude={"weight", "offload"}) for reward in config.rewards]
-        rollout = config.rollout
-        grid = (rollout.steps, rollout.schedule, rollout.shift, rollout.dynamics)
-        made_with = (self.held_out, config.evaluation, config.model, grid, rewards)
-        # Named by all it depends on: a resumed run that changes any of it must not compare with it.
-        digest = hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]
-        kept = self.folder / f"evaluation-base-{digest}.npz"
-        if kept.is_file():
-            self.base = Evaluation.load(kept)
-            return
-        with trainer.untrained():
-            self.base = self._evaluate("base")
-        if self.world.is_main:
-            self.base.save(kept)
-        if not trainer.done:
-            self._log_evaluation(self.base, 0)
-
-    def _evaluate_now(self) -> None:
-        if self.held_out:
-            with self.trainer.policy.averaged():
-                found = self._evaluate(f"iteration {self.trainer.done}")
-            self._log_evaluation(found, self.trainer.done)
-
-    def _evaluate(self, what: str) -> Evaluation:
-        """The weights there are now, on the held-out prompts; every process takes part."""
-        started = time.perf_counter()
-        trainer, model = self.trainer, self.config.model
-        count = len(self.held_out) * self.config.evaluation.seeds // self.world.data_size
-        hidden = not self.world.is_main
-        with (
-            tqdm(total=count, desc=f"evaluate {what}", leave=False, disable=hidden) as bar,
-            trainer.engine.gathered() as modules,
-        ):
-            found = evaluate(
-                lambda prompts, latents: trainer.draw(modules, prompts, latents),
-                self.held_out,
-                trainer.rewards,
-                self.config.evaluation,
-                latent_shape=trainer.family.latent_shape,
-                sample_shape=(model.frames, 3, model.height, model.width),
-                world=self.world,
-                fps=model.fps,
-                progress=bar.update,
-            )
-        self._spend("evaluate", started)
-        return found
-
-    def _log_evaluation(self, found: Evaluation, iteration: int) -> None:
-        if self.log is None:
-            return
-        assert self.base is not None
-        weights = [reward.weight for reward in self.config.rewards]
-        difference = Difference.of(self.base.total(weights), found.total(weights))
-        values = {
-            "evaluation/reward": difference.trained,
-            "evaluation/standard_error": difference.standard_error,
-            "evaluation/diversity": float(found.distances.mean()),
-        }
-        with self._full_disk_survived():
-            self.log.write(iteration, values)
-            for prompt, clip in zip(self.held_out[:4], found.clips[:4], strict=False):
-                clip = torch.from_numpy(clip) / 255
-                self.log.add_clip(f"held out {prompt.text}", clip, iteration)
-
-    def _report(self, final: Path) -> Path | None:
-        with self.trainer.policy.averaged():
-            trained = self._evaluate("trained weights")
-        self._log_evaluation(trained, self.trainer.done)
-        if not self.world.is_main:
-            return None
-        assert self.base is not None
-        outcome = Outcome(
-            self.config,
-            tuple(prompt.text for prompt in self.held_out),
-            self.base,
-            trained,
-            {
-                "base": checkpoint.weights_hash(self.trainer.family.source.folder),
-                "trained": checkpoint.weights_hash(final),
-            },
-            self.trainer.seconds,
-            self.trainer.family.load_lines(
-                final, self.config.policy.train, self.config.rollout.steps
-            ),
-        )
-        write_summary(outcome, self.folder)
-        total = outcome.difference()
-        logger.info(
-            "held-out reward %.3f -> %.3f (%+.3f +- %.3f)",
-            total.base, total.trained, total.gain, total.standard_error,
-        )  # fmt: skip
-        return write_report(outcome, self.folder)
-
-    def _spend(self, stage: str, started: float) -> None:
-        seconds = self.trainer.seconds
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 def _tell_changes(recipe: Path, config: RunConfig) -> None:

@@ -345,7 +345,11 @@ class Trainer:
         self.current = ""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.spend(name, start)
+
+    def spend(self, name: str, started: float) -> None:
+        """Add the time since `started` (of `time.perf_counter`) to the run's seconds of a stage."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def bar(self, name: str, total: int) -> tqdm:
         """A progress bar with ETA inside an iteration: on the main process, on a terminal."""

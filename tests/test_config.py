@@ -13,7 +13,7 @@ import yaml
 
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import Interrupted, RunConfig, UserError, load_config
-from dancegrpo_fast.config.sections import Section
+from dancegrpo_fast.config.section import Section
 
 RECIPE = {
     "output": "runs/x",

@@ -1,26 +1,21 @@
 """The run configuration: one YAML recipe plus `key=value` overrides.
 
-`sections` says what a recipe holds, `agreement` which fields must fit each other, `recipe` reads,
-checks and writes it. Imports nothing else of ours.
+`sampling`, `learning`, `running` and `run` say what a recipe holds, `agreement` which fields must
+fit each other, `recipe` reads, checks and writes it. Imports nothing else of ours.
 """
 
 from dancegrpo_fast.config.errors import Interrupted, UserError
-from dancegrpo_fast.config.recipe import dump, load_config
-from dancegrpo_fast.config.sections import (
+from dancegrpo_fast.config.learning import (
     AdvantageConfig,
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
     LossConfig,
-    ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
     PolicyConfig,
     RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    TreeConfig,
 )
+from dancegrpo_fast.config.recipe import dump, load_config
+from dancegrpo_fast.config.run import RunConfig
+from dancegrpo_fast.config.running import CheckpointConfig, EvaluationConfig, ParallelConfig
+from dancegrpo_fast.config.sampling import DataConfig, ModelConfig, RolloutConfig, TreeConfig
 
 __all__ = [
     "AdvantageConfig",

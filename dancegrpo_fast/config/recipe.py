@@ -18,7 +18,8 @@ from pydantic_core import ErrorDetails
 
 from dancegrpo_fast.config.agreement import Disagreement, NotValid, disagreements, show
 from dancegrpo_fast.config.errors import UserError
-from dancegrpo_fast.config.sections import RunConfig, Section, default_at, field_at, section_at
+from dancegrpo_fast.config.run import RunConfig, default_at, field_at, section_at
+from dancegrpo_fast.config.section import Section
 
 
 class _Loader(yaml.SafeLoader):

@@ -118,8 +118,8 @@ def evaluate(
     own = [int(p) for p in parts[world.data_rank]]
     jobs = [(p, s) for p in own for s in range(config.seeds)]
     videos = torch.empty((len(jobs), *sample_shape), dtype=torch.uint8)
-    # Every process draws as many batches as the busiest: where weights are gathered by networks (two
-    # experts), a draw is an exchange that all take part in.
+    # Every process draws as many batches as the busiest: where weights are gathered network by
+    # network (two experts), a draw is an exchange that all take part in.
     most = -(-max(len(part) for part in parts) * config.seeds // config.batch_size)
     for number in range(most):
         start = number * config.batch_size

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from dancegrpo_fast.config import UserError
+from dancegrpo_fast.config import RunConfig, UserError
+from dancegrpo_fast.faults import is_full_disk
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -114,6 +118,47 @@ class MetricsLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class RunLog:
+    """A run's `MetricsLog` on the main process, nothing on the others.
+
+    A disk that is full costs a line or a picture, not the run, unless the recipe wants to stop.
+    """
+
+    def __init__(self, config: RunConfig, is_main: bool, *, resumed: int | None) -> None:
+        self.config = config
+        self.files = MetricsLog(config.output, resumed=resumed) if is_main else None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.files is not None:
+            self.files.close()
+
+    def write(
+        self,
+        iteration: int,
+        values: Mapping[str, float],
+        clips: Sequence[tuple[str, Tensor]] = (),
+    ) -> None:
+        """Log numbers and clips [F, 3, H, W] by tag, of so many finished iterations."""
+        if self.files is None:
+            return
+        try:
+            self.files.write(iteration, values)
+            for tag, video in clips:
+                self.files.add_clip(tag, video, iteration)
+        except OSError as error:
+            if not is_full_disk(error) or self.config.checkpoint.on_failure == "stop":
+                raise
+            logger.error(
+                "%s: iteration %d could not be logged (%s); the run goes on "
+                "(checkpoint.on_failure = continue)",
+                self.config.output, iteration, error,
+            )  # fmt: skip
+            self.files.recover()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | None]]:

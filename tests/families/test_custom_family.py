@@ -16,7 +16,7 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 
 from dancegrpo_fast.cli.fetch import fetch
 from dancegrpo_fast.config import ModelConfig, UserError
-from dancegrpo_fast.config.sections import FAMILY_NAMES
+from dancegrpo_fast.config.sampling import FAMILY_NAMES
 from dancegrpo_fast.models import _TUPLES, FAMILIES, Family, _faults, family_class, open_family
 from dancegrpo_fast.models.embeddings import Embeddings
 from dancegrpo_fast.prompt import Prompt
