@@ -13,6 +13,7 @@ from tqdm import tqdm
 from dancegrpo_fast import checkpoint
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.data import PromptSet
+from dancegrpo_fast.models import load_lines
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.report.evaluate import Difference, Evaluation, evaluate
 from dancegrpo_fast.report.metrics import RunLog
@@ -84,7 +85,7 @@ class HeldOut:
                 "trained": checkpoint.weights_hash(final),
             },
             trainer.seconds,
-            family.load_lines(final, config.policy.train, config.rollout.steps),
+            load_lines(family, final, config.policy.train, config.rollout.steps),
         )
         folder = Path(config.output)
         write_summary(outcome, folder)
@@ -112,6 +113,7 @@ class HeldOut:
         with (
             tqdm(total=count, desc=f"evaluate {what}", leave=False, disable=hidden) as bar,
             trainer.engine.gathered() as modules,
+            trainer.family.vae(),
         ):
             found = evaluate(
                 lambda prompts, latents: trainer.draw(modules, prompts, latents),

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     from dancegrpo_fast.config import UserError
-    from dancegrpo_fast.models import export
+    from dancegrpo_fast.models import export, load_lines
     from dancegrpo_fast.run import restore
 
     out = Path(args.out)
@@ -40,5 +40,5 @@ def run(args: argparse.Namespace) -> int:
     export(trainer.family, trainer.policy, out)
     print(f"iteration {trainer.done} of {args.run} written to {out}; load it with\n")
     config = trainer.config
-    print(trainer.family.load_lines(out, config.policy.train, config.rollout.steps))
+    print(load_lines(trainer.family, out, config.policy.train, config.rollout.steps))
     return 0

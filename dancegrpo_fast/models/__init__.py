@@ -11,7 +11,7 @@ import torch
 
 from dancegrpo_fast.config import ModelConfig, UserError
 from dancegrpo_fast.models.conditions import Condition, Conditions
-from dancegrpo_fast.models.export import export
+from dancegrpo_fast.models.export import export, load_lines
 from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.models.flux import FluxFamily
 from dancegrpo_fast.models.hunyuan_video import HunyuanVideoFamily
@@ -116,5 +116,6 @@ __all__ = [
     "export",
     "family_class",
     "load_family",
+    "load_lines",
     "open_family",
 ]

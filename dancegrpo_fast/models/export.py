@@ -40,6 +40,30 @@ def export(family: Family, policy: Policy, out: Path, *, main: bool = True) -> N
                     _write_lora(family, module, state, out / name if position else out)
 
 
+def load_lines(family: Family, exported: Path, train: str, steps: int) -> str:
+    """Python that loads the result without this package and draws one sample."""
+    name = family.source.pipeline_class.__name__
+    folder = exported if train == "full" else family.source.folder
+    lines = [
+        f"from diffusers import {name}",
+        f"pipeline = {name}.from_pretrained({str(folder)!r})",
+    ]
+    if train == "lora":
+        lines.append(f"pipeline.load_lora_weights({str(exported)!r})")
+        for network in family.grid.networks[1:]:
+            path = str(exported / network)
+            lines.append(f"pipeline.load_lora_weights({path!r}, load_into_transformer_2=True)")
+    arguments = {"num_inference_steps": steps, **family.call_arguments()}
+    if family.config.guidance != 1:  # Without it some pipelines do not guide at all.
+        arguments["negative_prompt"] = family.config.negative_prompt
+    image = ["    image=load_image('YOUR IMAGE'),"] if family.takes_image else []
+    if family.takes_image:
+        lines.insert(1, "from diffusers.utils import load_image")
+    lines += ["sample = pipeline(", "    prompt='YOUR PROMPT',", *image]
+    lines += [f"    {key}={value!r}," for key, value in arguments.items()]
+    return "\n".join([*lines, ")[0][0]"])
+
+
 def whole_state(
     module: torch.nn.Module, wanted: Callable[[str], bool], keep: bool
 ) -> dict[str, Tensor]:

@@ -105,6 +105,7 @@ class Family(ABC):
         self.modules: dict[str, nn.Module] = {}
         self.text_multiple = 1  # Split text must have a multiple of so many tokens.
         self._idle: dict[str, nn.Module] = {}  # Loaded components that are not working now.
+        self._vae_users = 0
 
     # ---- what a family writes ------------------------------------------------------------------
 
@@ -271,7 +272,7 @@ class Family(ABC):
 
     @contextmanager
     def vae(self) -> Iterator[Any]:
-        """The VAE, on the device only inside."""
+        """The VAE, on the device only inside; whoever decodes several batches stays around all."""
         if "vae" not in self._idle:
             cls, folder = self.source.component_class("vae"), self.source.folder
             dtype = DTYPES[self.config.vae_dtype]
@@ -282,10 +283,13 @@ class Family(ABC):
                 vae.enable_tiling()
             self._idle["vae"] = vae.eval().requires_grad_(False)
         vae = self._idle["vae"].to(self.device)
+        self._vae_users += 1
         try:
             yield vae
         finally:
-            vae.to("cpu")
+            self._vae_users -= 1
+            if not self._vae_users:
+                vae.to("cpu")
 
     @contextmanager
     def encoder_pipeline(self) -> Iterator[Any]:
@@ -353,29 +357,6 @@ class Family(ABC):
             output_type="pt",
         )[0].float()
         return output if output.dim() == 5 else output[:, None]
-
-    def load_lines(self, exported: Path, train: str, steps: int) -> str:
-        """Python that loads the result without this package and draws one sample."""
-        name = self.source.pipeline_class.__name__
-        folder = exported if train == "full" else self.source.folder
-        lines = [
-            f"from diffusers import {name}",
-            f"pipeline = {name}.from_pretrained({str(folder)!r})",
-        ]
-        if train == "lora":
-            lines.append(f"pipeline.load_lora_weights({str(exported)!r})")
-            for network in self.grid.networks[1:]:
-                path = str(exported / network)
-                lines.append(f"pipeline.load_lora_weights({path!r}, load_into_transformer_2=True)")
-        arguments = {"num_inference_steps": steps, **self.call_arguments()}
-        if self.config.guidance != 1:  # Without it some pipelines do not guide at all.
-            arguments["negative_prompt"] = self.config.negative_prompt
-        image = ["    image=load_image('YOUR IMAGE'),"] if self.takes_image else []
-        if self.takes_image:
-            lines.insert(1, "from diffusers.utils import load_image")
-        lines += ["sample = pipeline(", "    prompt='YOUR PROMPT',", *image]
-        lines += [f"    {key}={value!r}," for key, value in arguments.items()]
-        return "\n".join([*lines, ")[0][0]"])
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from conformance import (
 from tiny_models import CPU
 
 from dancegrpo_fast.config import RunConfig
-from dancegrpo_fast.models import FAMILIES, export
+from dancegrpo_fast.models import FAMILIES, export, load_lines
 from dancegrpo_fast.trainer import Trainer
 
 CASES: list[Case] = [
@@ -89,7 +89,7 @@ def test_stock_loads_what_is_exported(case, folder, prompts, tmp_path, train):
     # Moved weights make steep pixels: a rounding error of the latents grows about tenfold.
     assert (found - expected).abs().max() < 10 * TOLERANCE
     assert (expected - base).abs().max() > 1e-2, "the weights hardly moved"
-    lines = family.load_lines(tmp_path / "out", train, 2)
+    lines = load_lines(family, tmp_path / "out", train, 2)
     compile(lines, "load_lines", "exec")
     assert "dancegrpo" not in lines.replace(str(tmp_path), "")
 

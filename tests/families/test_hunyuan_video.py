@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_hunyuan_video import SCHEDULER, tiny_hunyuan_video
 
 from dancegrpo_fast.config import UserError
-from dancegrpo_fast.models import open_family
+from dancegrpo_fast.models import load_lines, open_family
 from dancegrpo_fast.ops.noise import normal
 from dancegrpo_fast.parallel.joint_attention import joint_attention
 from dancegrpo_fast.prompt import Prompt
@@ -217,6 +217,6 @@ def test_dance_folders_are_read(tmp_path, folder):
 def test_loading_lines_guide_as_the_recipe(tmp_path, folder):
     """The stock pipeline ignores `true_cfg_scale` where no negative prompt is given."""
     family = open_family(CASE.recipe(tmp_path, folder).model)
-    lines = family.load_lines(tmp_path / "out", "full", 4)
+    lines = load_lines(family, tmp_path / "out", "full", 4)
     for line in ("true_cfg_scale=3.0", "negative_prompt='dull'", "guidance_scale=6.0"):
         assert f"    {line}," in lines

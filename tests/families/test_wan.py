@@ -25,7 +25,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from tiny_models import tiny_wan
 
 from dancegrpo_fast.config import RunConfig, UserError
-from dancegrpo_fast.models import export, open_family
+from dancegrpo_fast.models import export, load_lines, open_family
 from dancegrpo_fast.policy import Policy
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.trainer import Trainer
@@ -252,7 +252,7 @@ def test_the_lines_that_load_a_result_work(tmp_path, experts, train):
     family = family_of(config)
     export(family, policy_of(config, family), tmp_path / "out")
     names: dict = {}
-    exec(family.load_lines(tmp_path / "out", train, 2), names)
+    exec(load_lines(family, tmp_path / "out", train, 2), names)
     assert np.shape(names["sample"]) == (5, 16, 16, 3)
 
 
