@@ -52,18 +52,48 @@ at its longest. FSDP everywhere; a mesh is copies of the weights x shards x sequ
 ## What is verified, and what is not
 
 - products of an iteration: torch's counter around real ones (full, LoRA, guided, recomputed, a
-  window with best-of-n): equal within 2%;
+  window with best-of-n, a pool that is drawn again): equal within 2%;
 - products of a forward: the same for seven families, with embedded prompts: within 2% where a
   family pads its text, and not below where it trims it;
 - memory of rollout and training: the CPU allocator's events around a real iteration of a Wan of 9.0
   million parameters, 46 to 284 MB, in six settings: 0.967 to 0.995 of what is measured;
-- activations of the VAE's decoder: the same, 0.84 (convolutions' workspaces are not seen);
+- memory of a pool of 24 samples that is kept, or drawn again, with and without `loss.ratio_norm`:
+  the same, 4 to 8 MB: 0.95 to 1.061;
+- activations of the VAE's decoder with what the CPU's convolutions need while they run, of six
+  families in batches of 1 and 3: 1.000 to 1.020 of the allocator's peak (cuDNN's workspaces: not
+  counted);
 - bytes on the wire of FSDP2: counted on 4 gloo processes in three settings: equal to the byte.
 
 Not compared with anything: memory on a GPU (CUDA's autocast is imitated, and its attention taken to
 keep what flash attention keeps); memory of FSDP2, DDP and DeepSpeed on several processes; traffic
 of DeepSpeed and of sequence parallelism; every time. Not counted: activations of encoders and
 rewards, evaluation, workspaces of kernels.
+
+## Large pools
+
+`advantage.best_of_n` draws many samples of a prompt and trains few. With `rollout.redraw: true`
+nothing of the many is kept but their rewards: a sample's latents go when it is decoded, and the
+chosen ones are drawn again from their noise, up to the last trained step. `rollout.chunk: 16` lets
+a process draw, decode and score 16 samples at a time. HunyuanVideo, 53 frames, 8 prompts of 256
+samples on 8 GPUs (1 x 8 x 1, selective, one update), 16 of each trained; projected, GB and PFLOP of
+a GPU:
+
+| | trajectories in training | rollout | decode | train | PFLOP of the rollout |
+|---|---|---|---|---|---|
+| kept | 13.2 | 64.1 | 40.0 | 77.5: does not fit | 1139.6 |
+| `redraw` | 0.8 | 52.5 | 27.7 | 65.1 | 1206.4 |
+| `redraw`, `chunk: 16` | 0.8 | 51.7 | 26.9 | 65.1 | 1210.9 |
+
+- What it costs: the chosen samples' forwards once more (less where only a window is trained), what
+  a part shares with the part before (roots, trunks, branch points: take parts that hold whole
+  subtrees), and with FSDP one gathering of the weights for each part and one for the second draw.
+  All are counted here.
+- The samples are the same bit for bit where the network's bits do not depend on what else is in its
+  batch (tested on a CPU in batches of one). Elsewhere they agree up to its rounding: the reward is
+  the first draw's, log-probs and training are the second's, and the ratio gate measures these.
+  Nothing compares the two draws in a run.
+- A process trains what it drew. Which samples are chosen is not known ahead: the planner draws
+  scores at random, and a process may get more.
 """
 COLUMNS = (
     "GPUs", "mesh", "activations", "gradients reduced", "weights gathered in rollout", "peak",

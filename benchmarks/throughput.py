@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -166,7 +167,10 @@ def recipe(name: str, folder: Path, rung: Rung, rollout: dict[str, Any]) -> RunC
         "loss": {"micro_batch_size": model["batch"] if rung.batched else 1},
         "policy": {"train": "lora" if model["lora"] else "full"},
         "optimizer": {"learning_rate": 1e-6},
-        "parallel": {"checkpointing": rung.checkpointing, "compile": rung.compile},
+        "parallel": {
+            "checkpointing": rung.checkpointing, "compile": rung.compile,
+            "attention": model.get("attention", "default"),
+        },
     })  # fmt: skip
 
 
@@ -197,9 +201,11 @@ class Subject:
         """One iteration; the first is compared, later ones are timed."""
         trainer, before = self.trainer, dict(self.trainer.seconds)
         self.calls.clear()
-        with as_public(trainer, self.rung, self.found):
+        first = "loss" not in self.found
+        with as_public(trainer, self.rung, self.found), counted_syncs(first) as syncs:
             metrics = trainer.iteration()
-        if "loss" not in self.found:
+        if first:
+            self.found["syncs"] = len(syncs)
             self.found |= {"loss": metrics["policy/policy"], "norm": metrics["update/grad_norm"]}
             return
         spent = {k: v - before.get(k, 0.0) for k, v in trainer.seconds.items()}
@@ -208,6 +214,23 @@ class Subject:
     def median(self, *stages: str) -> float:
         """Seconds of some stages together."""
         return float(np.median([sum(s[stage] for stage in stages) for s in self.seconds]))
+
+
+@contextmanager
+def counted_syncs(wanted: bool) -> Iterator[list[Any]]:
+    """Inside, waits of the host for the GPU are collected."""
+    if not wanted or not torch.cuda.is_available():
+        yield []
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        found: list[Any] = []
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            found += [w for w in caught if "synchroniz" in str(w.message)]
 
 
 @contextmanager
@@ -369,6 +392,7 @@ def _row(subject: Subject, best: float) -> dict[str, Any]:
     }  # fmt: skip
     if subject.seconds and "peak" in subject.seconds[0]:
         row["peak_bytes"] = max(s["peak"] for s in subject.seconds)
+        row["host_syncs"] = subject.found["syncs"]
     return row
 
 

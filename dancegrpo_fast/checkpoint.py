@@ -79,11 +79,13 @@ def collect(policy: Policy, optimizers: Mapping[str, Any]) -> Collected:
         average = None if policy.ema is None else policy.ema[name]
         if isinstance(optimizer, torch.optim.Optimizer):
             values = _live(optimizer, parameter, average)
+            if policy.old is not None:
+                values["old"] = policy.old[name]
         else:
             values = optimizer.read(parameter, average)
             tensors.writers.append(partial(optimizer.write, parameter, average, values))
         for key, value in values.items():
-            of_all = key in ("weights", "ema")
+            of_all = key in ("weights", "ema", "old")
             tensors[f"{key}.{name}" if of_all else f"optimizer.{name}.{key}"] = value
     return tensors
 

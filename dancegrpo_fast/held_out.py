@@ -7,6 +7,7 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -16,15 +17,23 @@ from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.models import load_lines
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.report.evaluate import Difference, Evaluation, evaluate
-from dancegrpo_fast.report.metrics import RunLog
-from dancegrpo_fast.report.result import Outcome, write_report, write_summary
+from dancegrpo_fast.report.log import RunLog
+from dancegrpo_fast.report.result import (
+    HeldOutResult,
+    Outcome,
+    write_audit,
+    write_still,
+    write_summary,
+)
 from dancegrpo_fast.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
 class HeldOut:
-    """Evaluates a trainer's weights on `evaluation.prompts`; does nothing without them.
+    """Evaluates a trainer's weights on `evaluation.prompts`, and reports the end of a run.
+
+    Without prompts nothing is evaluated.
 
     Every process takes part; the main one logs.
     """
@@ -49,12 +58,15 @@ class HeldOut:
         kept = Path(self.config.output) / f"evaluation-base-{self._digest()}.npz"
         if kept.is_file():
             self.base = Evaluation.load(kept)
+            log.evaluation(0, self.base, self._texts())
             return
         with trainer.untrained():
             self.base = self._evaluate(trainer, "base")
         if trainer.world.is_main:
             self.base.save(kept)
-        if not trainer.done:
+        if trainer.done:
+            log.evaluation(0, self.base, self._texts())
+        else:
             self._log(trainer, log, self.base)
 
     def now(self, trainer: Trainer, log: RunLog) -> None:
@@ -66,35 +78,41 @@ class HeldOut:
 
     def report(self, trainer: Trainer, log: RunLog, final: Path) -> Path | None:
         """Evaluate the end and write summary and report; `final` is the exported pipeline."""
-        if not self.prompts:
-            return None
-        with trainer.policy.averaged():
-            trained = self._evaluate(trainer, "trained weights")
-        self._log(trainer, log, trained)
+        result = None
+        if self.prompts:
+            with trainer.policy.averaged():
+                trained = self._evaluate(trainer, "trained weights")
+            self._log(trainer, log, trained)
+            assert self.base is not None
+            weights = tuple(reward.weight for reward in self.config.rewards)
+            result = HeldOutResult(self._texts(), self.base, trained, weights)
         if not trainer.world.is_main:
             return None
-        assert self.base is not None
         config, family = self.config, trainer.family
-        outcome = Outcome(
-            config,
-            tuple(prompt.text for prompt in self.prompts),
-            self.base,
-            trained,
-            {
-                "base": checkpoint.weights_hash(family.source.folder),
-                "trained": checkpoint.weights_hash(final),
-            },
-            trainer.seconds,
-            load_lines(family, final, config.policy.train, config.rollout.steps),
-        )
+        hashes = {
+            "base": checkpoint.weights_hash(family.source.folder),
+            "trained": checkpoint.weights_hash(final),
+        }
+        lines = load_lines(family, final, config.policy.train, config.rollout.steps)
         folder = Path(config.output)
-        write_summary(outcome, folder)
-        total = outcome.difference()
-        logger.info(
-            "held-out reward %.3f -> %.3f (%+.3f +- %.3f)",
-            total.base, total.trained, total.gain, total.standard_error,
-        )  # fmt: skip
-        return write_report(outcome, folder)
+        if result is not None:
+            started = time.perf_counter()
+            flagged = [finding.name for finding in write_audit(result, folder) if finding.flagged]
+            trainer.spend("audit", started)
+            if flagged:
+                logger.warning("audit: look at %s (report.html says why)", ", ".join(flagged))
+        write_summary(Outcome(config, hashes, trainer.seconds, lines, result), folder)
+        if result is not None:
+            total = result.difference()
+            logger.info(
+                "held-out reward %.3f -> %.3f (%+.3f +- %.3f)",
+                total.base, total.trained, total.gain, total.standard_error,
+            )  # fmt: skip
+            write_still(result, folder)
+        return log.page(trainer.done)
+
+    def _texts(self) -> tuple[str, ...]:
+        return tuple(prompt.text for prompt in self.prompts)
 
     def _digest(self) -> str:
         """Of all that the base depends on: what changes any of it must not compare with it."""
@@ -109,7 +127,7 @@ class HeldOut:
         started = time.perf_counter()
         model, world = self.config.model, trainer.world
         count = len(self.prompts) * self.config.evaluation.seeds // world.data_size
-        hidden = not world.is_main
+        hidden = None if world.is_main else True  # None: shown on a terminal only.
         with (
             tqdm(total=count, desc=f"evaluate {what}", leave=False, disable=hidden) as bar,
             trainer.engine.gathered() as modules,
@@ -138,8 +156,13 @@ class HeldOut:
             "evaluation/standard_error": difference.standard_error,
             "evaluation/diversity": float(found.distances.mean()),
         }
+        for column, name in enumerate(found.names):
+            scores = found.scores[..., column]
+            if np.isfinite(scores).any():
+                values[f"evaluation/reward/{name}"] = float(np.nanmean(scores))
         clips = [
             (f"held out {prompt.text}", torch.from_numpy(clip) / 255)
             for prompt, clip in zip(self.prompts[:4], found.clips[:4], strict=False)
         ]
         log.write(trainer.done, values, clips)
+        log.evaluation(trainer.done, found, self._texts())

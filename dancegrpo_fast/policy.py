@@ -28,6 +28,8 @@ class Policy:
         config: How they are trained.
         ema: Averaged trainable parameters by "module.parameter", or None.
         ema_updates: How many updates the average has seen.
+        old: Trainable parameters that follow slowly, where a loss asks for them (DiffusionNFT's
+            sampling policy, AWM's anchor), or None.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Policy:
             }
         self.ema: dict[str, Tensor] | None = None
         self.ema_updates = 0
+        self.old: dict[str, Tensor] | None = None
 
     def initialise_adapters(self, device: torch.device) -> None:
         """Give adapters their first weights; not before the networks are where they will stay."""
@@ -80,6 +83,10 @@ class Policy:
         """Begin the average at the weights there are, once they are where they will stay."""
         if self.config.ema_decay is not None:
             self.ema = {k: held(p).clone() for k, p in self.trainable().items()}
+
+    def start_old(self) -> None:
+        """Begin the old policy at the weights there are, once they are where they will stay."""
+        self.old = {k: held(p).clone() for k, p in self.trainable().items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by "module.parameter", in module order."""
@@ -115,6 +122,20 @@ class Policy:
         decay = min(self.config.ema_decay, (1 + self.ema_updates) / (10 + self.ema_updates))
         for name, parameter in self.trainable().items():
             self.ema[name].lerp_(held(parameter), 1 - decay)
+
+    @torch.no_grad()
+    def update_old(self, decay: float) -> None:
+        """old <- decay old + (1 - decay) weights."""
+        assert self.old is not None, "the policy was built without an old one"
+        for name, parameter in self.trainable().items():
+            self.old[name].mul_(decay).add_(held(parameter), alpha=1 - decay)
+
+    @contextmanager
+    def as_old(self) -> Iterator[None]:
+        """Inside, the modules hold the old policy's weights."""
+        assert self.old is not None, "the policy was built without an old one"
+        with self.replaced(self.old):
+            yield
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -12,3 +12,5 @@ class Role(IntEnum):
     WINDOW = 4  # where the trained window lies
     ADAPTER = 5  # initial LoRA weights
     EVALUATION = 6  # initial noise of held-out samples
+    FORWARD = 7  # noise that clean samples are mixed with (DiffusionNFT, AWM)
+    GRADIENT = 8  # step from which a reward's gradient is taken

@@ -7,6 +7,7 @@ prompt, path, step), so what one rank draws does not depend on what the others d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dancegrpo_fast.advantages import check_credit
 from dancegrpo_fast.batching import micro_batches
+from dancegrpo_fast.chains import chains
 from dancegrpo_fast.config import RolloutConfig, RunConfig
 from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import DTYPES, Box, Family, evaluate
@@ -39,8 +41,11 @@ from dancegrpo_fast.windows import thinned, window_start, without_history_across
 
 def plan_iteration(config: RunConfig, grid: Grid, iteration: int) -> TreePlan:
     """The tree of every prompt of an iteration, checked against the credit rule."""
-    key = NoiseKey.from_seed(config.seed).fold_in(Role.WINDOW)
-    plan = plan_trees(config.rollout, grid.schedule(config.rollout), iteration, key)
+    key, schedule = NoiseKey.from_seed(config.seed), grid.schedule(config.rollout)
+    if config.loss.kind == "policy_gradient":
+        plan = plan_trees(config.rollout, schedule, iteration, key.fold_in(Role.WINDOW))
+    else:
+        plan = chains(config, schedule, iteration, key.fold_in(Role.GRADIENT))
     check_credit(plan, config.advantage.credit)
     return without_history_across(plan, grid.module_names(plan.schedule))
 
@@ -96,6 +101,7 @@ def draw_trees(
     rank: int,
     batch_size: int,
     latent_dtype: str = "float32",
+    keep: Literal["all", "samples", "training"] = "all",
     keep_outputs: bool = False,
     forwards: Sequence[int] | None = None,
     progress: Callable[[int], object] = lambda count: None,
@@ -110,10 +116,12 @@ def draw_trees(
         coefficients: [states, 8] of `plan.transitions`, on the device.
         conditions: Of the P prompts.
         key: Latent key of the iteration; the prompt's position is folded in here.
-        owner: [P, G] rank of each leaf.
+        owner: [P, G] rank of each leaf, -1 of one that nobody draws now.
         rank: This process.
         batch_size: States per forward.
         latent_dtype: Storage of latents; the network and the log-prob see the rounded values.
+        keep: What is stored: the final latents (`samples`), what training reads (`training`, which
+            ends with the last trained step), or both.
         keep_outputs: Store the model's output at states with a trained child.
         forwards: [steps] forwards that every rank makes at each step (`forwards_per_step`); a rank
             with fewer repeats its last. None: each makes what it needs.
@@ -129,9 +137,10 @@ def draw_trees(
     front = _draw_roots(family, plan, held, keys, conditions, DTYPES[latent_dtype])
     histories = _Histories(drawn, family.action_box)
     second_order = any(state.history for state in plan.states)
-    for step in range(plan.schedule.steps):
+    samples_only = keep == "samples"
+    for step in range(steps_kept(plan, keep)):
         at_step()
-        drawn.keep(front)
+        drawn.keep(front, samples_only=samples_only)
         following: dict[Place, Tensor] = {}
         made = 0
         for batch in micro_batches(sorted(front), batch_size, lambda place: kinds[place[0]]):
@@ -163,8 +172,15 @@ def draw_trees(
             evaluate(family, modules[names[step]], plan, conditions, batch, latents)
         front = following
         histories.next_level()
-    drawn.keep(front)
+    drawn.keep(front, samples_only=samples_only)
     return drawn
+
+
+def steps_kept(plan: TreePlan, keep: str) -> int:
+    """Steps that are drawn for what is stored: nothing is trained beyond the last trained edge."""
+    if keep != "training":
+        return plan.schedule.steps
+    return max(state.step for state in plan.states if state.trained)
 
 
 class _Histories:
@@ -210,9 +226,9 @@ class _Histories:
 def forwards_per_step(
     plan: TreePlan, owner: np.ndarray, kinds: Sequence[int], batch_size: int
 ) -> list[int]:
-    """[steps] the most forwards that any rank needs at each step."""
+    """[steps] the most forwards that any rank needs at each step; no rank draws owner -1."""
     most = [0] * plan.schedule.steps
-    for rank in np.unique(owner):
+    for rank in np.unique(owner[owner >= 0]):
         held = held_states(plan, [(int(p), int(g)) for p, g in np.argwhere(owner == rank)])
         places: list[list[Place]] = [[] for _ in most]
         for p, states in sorted(held.items()):

@@ -11,27 +11,39 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dancegrpo_fast.config import Interrupted, RunConfig, UserError, dump, load_config
+from dancegrpo_fast.config.presets import preset_lines
 from dancegrpo_fast.faults import is_full_disk, is_lost_peer
 from dancegrpo_fast.held_out import HeldOut
 from dancegrpo_fast.lock import FolderLock
 from dancegrpo_fast.models import export
-from dancegrpo_fast.parallel.stopping import SOON, StopRequested
+from dancegrpo_fast.parallel.stopping import SOON, StopRequested, ending_at_once
 from dancegrpo_fast.parallel.world import World
-from dancegrpo_fast.report.metrics import RunLog
+from dancegrpo_fast.profiling import Profile
+from dancegrpo_fast.report.log import RunLog
+from dancegrpo_fast.report.terminal import Terminal
+from dancegrpo_fast.report.trackers import check_trackers
 from dancegrpo_fast.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+BESIDE = ("evaluate", "snapshot", "report", "load")  # Stages that draw no training samples.
 
 
-def train(config: RunConfig, *, resume: bool | Path = False) -> Path | None:
-    """Run a recipe to its end; returns the report page, if there were held-out prompts.
+def train(
+    config: RunConfig, *, resume: bool | Path = False, profile: int | None = None
+) -> Path | None:
+    """Run a recipe to its end; returns the report page, on the main process.
 
-    The run's folder gets `recipe.yaml`, `metrics.jsonl`, `tensorboard/`, `clips/`, `snapshots/`,
-    `final/` (the weights, for a stock pipeline), `summary.json` and `report.html`.
+    The run's folder gets `recipe.yaml`, `metrics.jsonl`, `times.jsonl`, `tensorboard/`, `clips/`,
+    `evaluations/`, `snapshots/`, `report.html` from the first snapshot on, and at the end `final/`
+    (the weights, for a stock pipeline) and `summary.json`.
+
+    Args:
+        config: The recipe.
+        resume: Continue from the newest undamaged snapshot, or from a named one.
+        profile: Iteration that is profiled on the main process, counted from 1; None: none.
 
     Raises:
         UserError: Anything in the recipe that does not fit, before work is done.
@@ -41,20 +53,22 @@ def train(config: RunConfig, *, resume: bool | Path = False) -> Path | None:
     lock: FolderLock | None = None
     run: _Run | None = None
     try:
-        world = World.from_environment(config.parallel)
-        lock = FolderLock(Path(config.output), world)
-        restarts = _restarts(world)
-        if restarts and Trainer.has_snapshots(config):
-            resume = True  # Also of a run that began at a named snapshot: it has gone on since.
-        run = _Run(config, world, lock, resume or restarts > 0, fresh_is_fine=restarts > 0)
-        if restarts and world.is_main:
-            done = run.trainer.done
-            logger.warning("torchrun restart %d: going on after iteration %d", restarts, done)
-        with run.trainer.stopping.listening():
-            try:
-                return run.to_end()
-            except StopRequested:
-                raise Interrupted(run.abandon()) from None
+        with ending_at_once():
+            world = World.from_environment(config.parallel)
+            lock = FolderLock(Path(config.output), world)
+            restarts = _restarts(world)
+            if restarts and Trainer.has_snapshots(config):
+                resume = True  # Also of a run that began at a named snapshot: it has gone on since.
+            run = _Run(config, world, lock, resume or restarts > 0, fresh_is_fine=restarts > 0)
+            run.profile.number = profile if world.is_main else None
+            if restarts and world.is_main:
+                done = run.trainer.done
+                logger.warning("torchrun restart %d: going on after iteration %d", restarts, done)
+            with run.trainer.stopping.listening():
+                try:
+                    return run.to_end()
+                except StopRequested:
+                    raise Interrupted(run.abandon()) from None
     except KeyboardInterrupt:
         at = run.trainer.saved_iterations() if run else []
         kept = f"the newest snapshot holds {at[-1]}" if at else "there is no snapshot yet"
@@ -110,6 +124,7 @@ class _Run:
         started = time.perf_counter()
         self.trainer = Trainer(config, world)
         self.held_out.check(self.trainer)
+        check_trackers(config.logging)
         lock.take()  # The recipe is sound: from here on the run writes.
         named = resume if isinstance(resume, Path) else None
         if named is not None:
@@ -134,6 +149,9 @@ class _Run:
         self.log = RunLog(config, world.is_main, resumed=done if resume else None)
         if world.is_main:
             (self.folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")
+            for line in preset_lines(config):
+                logger.info("algorithm %s: %s", config.algorithm, line)
+        self.profile = Profile(self.folder / "profile", None, world.device)
         self.trainer.spend("load", started)
 
     def _may_branch(self, named: Path) -> None:
@@ -163,28 +181,45 @@ class _Run:
 
     def _iterate(self) -> None:
         trainer, config = self.trainer, self.config
-        bar = tqdm(
-            total=config.iterations,
-            initial=trainer.done,
-            desc="iterations",
-            disable=not self.world.is_main,
-        )
-        with bar:
+        before = dict(trainer.seconds)
+        with Terminal(config.iterations, trainer.done, shown=self.world.is_main) as view:
             while trainer.done < config.iterations:
-                metrics = trainer.iteration()
+                with self.profile.of(trainer.done + 1, trainer.seconds):
+                    metrics = trainer.iteration()
                 trainer.saver.finish()  # Begun before this iteration: it had all of it to be done.
-                self._log_iteration(metrics, bar)
+                self._log_iteration(metrics)
                 last = trainer.done == config.iterations
-                if last or trainer.done % config.checkpoint.every == 0:
+                saves = last or trainer.done % config.checkpoint.every == 0
+                if saves:
                     started = time.perf_counter()
                     trainer.save()
                     if last:
                         trainer.saver.finish()
                     trainer.spend("snapshot", started)
                 every = config.evaluation.every
-                if every and trainer.done % every == 0 and not last:
+                measures = every is not None and trainer.done % every == 0 and not last
+                if measures:
                     self.held_out.now(trainer, self.log)
+                spent, before = self._spent(before), dict(trainer.seconds)
+                self.log.spent(trainer.done, spent)
+                view.show(metrics, spent)
+                if (saves or measures) and not last:  # The last page follows the last evaluation.
+                    started = time.perf_counter()
+                    self.log.page(trainer.done)
+                    trainer.spend("report", started)
                 trainer.stopping.ask(until=SOON)
+
+    def _spent(self, before: Mapping[str, float]) -> dict[str, float]:
+        """Seconds of each stage since `before`, samples per second, and memory."""
+        config, device = self.config, self.world.device
+        seconds = {name: s - before.get(name, 0.0) for name, s in self.trainer.seconds.items()}
+        samples = config.data.prompts_per_iteration * config.rollout.group_size
+        working = sum(s for name, s in seconds.items() if name not in BESIDE)
+        spent = {f"time/{name}": s for name, s in seconds.items() if s > 0}
+        spent["speed/samples_per_second"] = samples / working
+        if device.type == "cuda":
+            spent["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        return spent
 
     def abandon(self) -> str:
         """Leave the run, all processes at one place.
@@ -215,15 +250,12 @@ class _Run:
             f"newest snapshot holds {saved[-1]}; continue with --resume latest"
         )
 
-    def _log_iteration(self, metrics: dict[str, float], bar: tqdm) -> None:
+    def _log_iteration(self, metrics: dict[str, float]) -> None:
         trainer, every = self.trainer, self.config.checkpoint.every
         clips = []
         if trainer.clip and (trainer.done == 1 or trainer.done % every == 0):
             clips = [trainer.clip]
         self.log.write(trainer.done, metrics, clips)
-        shown = {"reward": metrics["reward/mean"], "gap": metrics["gate/max_gap"]}
-        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
-        bar.update()
 
 
 def _tell_changes(recipe: Path, config: RunConfig) -> None:

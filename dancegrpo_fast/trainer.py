@@ -7,34 +7,36 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import nvtx
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from tqdm import tqdm
 
-from dancegrpo_fast import checkpoint
+from dancegrpo_fast import checkpoint, pool
 from dancegrpo_fast.advantages import (
     LeafAdvantages,
     RunningRewards,
-    best_and_worst,
     edge_advantages,
     leaf_advantages,
 )
 from dancegrpo_fast.batching import Update, build_updates, leaf_owners
 from dancegrpo_fast.config import RunConfig, UserError
-from dancegrpo_fast.data import PromptSet
+from dancegrpo_fast.data import Draws, PromptSet
 from dancegrpo_fast.losses.gate import forward_settings
 from dancegrpo_fast.models import Conditions, open_family
 from dancegrpo_fast.models.embeddings import Embeddings, embeddings_folder
 from dancegrpo_fast.networks import assemble, base_weights, check
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.stopping import NOW, SOON, Stopping
-from dancegrpo_fast.parallel.world import World, scorers
+from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.prompt import Prompt
+from dancegrpo_fast.report.statistics import reward_metrics
 from dancegrpo_fast.rewards import load_rewards
-from dancegrpo_fast.rewards.scoring import check_whole_groups, score_latents
+from dancegrpo_fast.rewards.scoring import check_whole_groups, waits
 from dancegrpo_fast.roles import Role
 from dancegrpo_fast.rollout import (
     denoise,
@@ -42,12 +44,13 @@ from dancegrpo_fast.rollout import (
     forwards_per_step,
     held_states,
     plan_iteration,
+    steps_kept,
 )
 from dancegrpo_fast.timesteps import edge_weights
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
 from dancegrpo_fast.tree import TreePlan
-from dancegrpo_fast.updating import Updater
+from dancegrpo_fast.updating import RewardUpdater, make_updater
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +66,10 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
         self.key = NoiseKey.from_seed(config.seed)
-        self.prompts = PromptSet.load(config.data.prompts)
-        self.rewards = load_rewards(config.rewards, world.device)
+        self.prompts = PromptSet.of(config.data)
+        self.draws = Draws(self.prompts, config.data, config.seed)
+        limit = config.parallel.timeout_seconds if world.size > 1 else None
+        self.rewards = load_rewards(config.rewards, world.device, timeout_seconds=limit)
         self.reward_weights = np.array([reward.weight for reward in config.rewards])
         prompts, group_size = config.data.prompts_per_iteration, config.rollout.group_size
         try:
@@ -78,11 +83,15 @@ class Trainer:
         except ValueError as error:  # The core's own words, before anything large is loaded.
             raise UserError(str(error)) from error
         self.embeddings = Embeddings(self.family, embeddings_folder(config), world)
-        self.scorer = scorers(self.owner, world.sp)
+        waiting = any(map(waits, self.rewards))
+        self.chunks = pool.chunks(config.rollout, self.owner, waiting=waiting)
+        self.scorer = pool.scorers_of(self.chunks, self.owner, world.sp)
         check_whole_groups(self.rewards, self.scorer)
         adapter_key = self.key.fold_in(Role.ADAPTER)
         self.policy, self.engine = assemble(config, self.family, world, adapter_key)
-        self.updater = Updater(config, self.family, self.policy, self.engine, world)
+        self.updater = make_updater(
+            config, self.family, self.policy, self.engine, world, self.rewards
+        )
         self.stopping = Stopping(world, config.checkpoint.grace_seconds)
         self.saver = checkpoint.Saver(self.snapshots, config.checkpoint, world)
         self.running = RunningRewards(config.advantage.running_window)
@@ -94,14 +103,12 @@ class Trainer:
     def iteration(self) -> dict[str, float]:
         """Sample, score, advantages, update; returns metrics that are equal on every rank."""
         plan = self.plan(self.done)
-        batch = self.prompts.batch(self.done, self.config.seed, len(self.owner))
+        batch = self.draws.batch(self.done)
         prompts = [prompt for _, prompt in batch]
 
         with self.stage("sample"):
             conditions = self.embeddings.conditions(prompts)
-            drawn = self.sample(plan, conditions)
-        with self.stage("score"):
-            rewards = self.score(drawn, prompts)
+        drawn, rewards = self.sample_and_score(plan, conditions, prompts)
         advantages = leaf_advantages(
             rewards,
             self.reward_weights,
@@ -110,11 +117,17 @@ class Trainer:
             running=self.running,
         )
         with self.stage("update"):
+            if drawn is None:
+                drawn = self.redraw(plan, conditions, advantages)
             updates = self.schedule_updates(plan, rewards, advantages, conditions.kinds)
-            metrics = self.update(updates, drawn, conditions, advantages)
+            metrics = self.update(updates, drawn, conditions, advantages, prompts)
 
         self.done += 1
-        return self.reward_metrics(rewards, advantages) | metrics
+        silent = (advantages.valid.sum(axis=1) > 1) & ~advantages.values.any(axis=(1, 2))
+        skipped = self.draws.finish(silent.tolist())
+        names = [reward.name for reward in self.rewards]
+        told = reward_metrics(rewards, self.reward_weights, names, advantages)
+        return told | metrics | skipped
 
     # ---- the stages of an iteration ------------------------------------------------------------
 
@@ -122,9 +135,52 @@ class Trainer:
         """The tree of every prompt of an iteration."""
         return plan_iteration(self.config, self.family.grid, iteration)
 
-    def sample(self, plan: TreePlan, conditions: Conditions) -> Trajectories:
-        """Draw this rank's part of the trees."""
+    def sample_and_score(
+        self, plan: TreePlan, conditions: Conditions, prompts: Sequence[Prompt]
+    ) -> tuple[Trajectories | None, np.ndarray]:
+        """Part by part, so that rewards which wait score one while the next is drawn.
+
+        Returns what is kept for training (None with `rollout.redraw`), and the rewards.
+        """
+        kept: Trajectories | None = None
+        self.clip = None
+        with pool.PartScoring(
+            prompts, self.scorer, self.rewards, self.family, self.config, self.world
+        ) as self.scoring:
+            for owner in self.chunks:
+                with self.stage("sample"):
+                    drawn = self.sample(plan, conditions, owner)
+                if not self.config.rollout.redraw:
+                    kept = drawn if kept is None else kept.joined(drawn)
+                if owner is not self.chunks[-1]:
+                    with self.stage("score"):
+                        self.hand_over(drawn)
+                    del drawn  # Its latents must not live beside the next part's.
+            with self.stage("score"):
+                rewards = self.score(drawn, prompts)
+        return kept, rewards
+
+    def sample(
+        self,
+        plan: TreePlan,
+        conditions: Conditions,
+        owner: np.ndarray | None = None,
+        *,
+        again: bool = False,
+    ) -> Trajectories:
+        """Draw this rank's part of the trees.
+
+        Args:
+            plan: The tree of every prompt.
+            conditions: Of the prompts.
+            owner: [P, G] rank that draws each sample, -1 if none does; None: all are drawn.
+            again: For training, after `rollout.redraw` let go of them.
+        """
         rollout = self.config.rollout
+        owner = self.owner if owner is None else owner
+        keep: Literal["all", "samples", "training"] = "all"
+        if rollout.redraw:
+            keep = "training" if again else "samples"
         self.sampled_with = forward_settings(
             self.family, self.policy, batch_size=rollout.batch_size
         )
@@ -135,13 +191,14 @@ class Trainer:
             exact_density=rollout.exact_density,
         )
         rank = self.world.data_rank
-        held = held_states(plan, [(int(p), int(g)) for p, g in np.argwhere(self.owner == rank)])
-        count = sum(bool(plan.children[s]) for states in held.values() for s in states)
+        held = held_states(plan, [(int(p), int(g)) for p, g in np.argwhere(owner == rank)])
+        steps = steps_kept(plan, keep)
+        count = sum(plan.states[s].step < steps for own in held.values() for s in own)
         forwards = None
         if self.engine.rollout_calls_agree:
-            forwards = forwards_per_step(plan, self.owner, conditions.kinds, rollout.batch_size)
+            forwards = forwards_per_step(plan, owner, conditions.kinds, rollout.batch_size)
         networks = nullcontext(self.engine.modules) if forwards else self.engine.gathered()
-        with self.bar("sample", count) as bar, networks as modules:
+        with self.updater.sampling(), self.bar("sample", count) as bar, networks as modules:
             return draw_trees(
                 self.family,
                 modules,
@@ -149,46 +206,41 @@ class Trainer:
                 coefficient_table(transitions, device=self.world.device),
                 conditions,
                 key=self.key.fold_in(Role.LATENTS).fold_in(self.done),
-                owner=self.owner,
+                owner=owner,
                 rank=rank,
                 batch_size=rollout.batch_size,
                 latent_dtype=rollout.latent_dtype,
+                keep=keep,
                 keep_outputs=self.config.loss.ratio_norm and self.updater.mode == "rollout",
                 forwards=forwards,
                 progress=bar.update,
-                at_step=lambda: self.stopping.ask(until=SOON),
+                # Drawing again is part of the update phase, which is finished if time allows.
+                at_step=lambda: self.stopping.ask(until=NOW if again else SOON),
             )
 
-    def score(self, drawn: Trajectories, prompts: Sequence[Prompt]) -> np.ndarray:
-        """Decode and score this rank's samples; returns every rank's rewards [P, G, R]."""
+    def redraw(
+        self, plan: TreePlan, conditions: Conditions, advantages: LeafAdvantages
+    ) -> Trajectories:
+        """What training reads of the samples it trains on, drawn again from their noise."""
+        _, owner = pool.selection(self.config, self.owner, advantages)
+        return self.sample(plan, conditions, owner, again=True)
+
+    def hand_over(self, drawn: Trajectories) -> None:
+        """Decode samples that are new, and score them or have it begun."""
         self.stopping.ask(until=SOON)
-        leaves = [leaf for leaf in drawn.leaves if self.scorer[leaf] == self.world.rank]
-        texts = [prompts[p].text for p, _ in leaves]
-        with self.bar("score", len(texts)) as bar:
-            own = score_latents(
-                drawn.samples(leaves),
-                texts,
-                self.family.decode,
-                self.rewards,
-                batch_size=self.config.rollout.batch_size,
-                groups=[p for p, _ in leaves],
-                metadata=[prompts[p].metadata for p, _ in leaves],
-                fps=self.config.model.fps,
-                progress=bar.update,
-            )
-        self.clip = (texts[0], own.clip) if leaves else None
-        rewards = self.world.gather_rewards(own.values, self.scorer)
+        with self.bar("score", self.scoring.due(drawn)) as bar:
+            self.scoring.add(drawn, bar.update)
+
+    def score(self, drawn: Trajectories, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Decode and score this rank's last samples; returns every rank's rewards [P, G, R]."""
+        self.hand_over(drawn)
+        rewards, self.clip = self.scoring.gathered()
         for _ in range(2):  # The first is answered by the second, before an update phase begins.
             self.stopping.ask(until=SOON)
-        for column, reward in enumerate(self.config.rewards):
-            if reward.weight and not np.isfinite(rewards[..., column]).any():
-                self.save()
-                self.saver.finish()  # Every rank holds the same rewards: all of them come here.
-                raise UserError(
-                    f"rewards.{column}.name = {reward.name!r}: all {self.owner.size} samples of "
-                    f"iteration {self.done} failed ({own.first_error or 'it returned NaN'}); the "
-                    "weights are untouched: mend the reward and continue with --resume latest"
-                )
+        if failure := self.scoring.failure(rewards, self.done):
+            self.save()
+            self.saver.finish()  # Every rank holds the same rewards: all of them come here.
+            raise UserError(failure)
         return rewards
 
     def draw(
@@ -215,10 +267,11 @@ class Trainer:
     ) -> list[Update]:
         """Which states this rank trains in which micro-batch of which update."""
         config = self.config
-        selected, edge_values = advantages.valid, None
-        rule = config.advantage
-        if rule.best_of_n is not None:
-            selected = best_and_worst(advantages, rule.best_of_n, rule.keep)
+        if isinstance(self.updater, RewardUpdater):
+            return self.updater.schedule(plan, advantages.valid, self.owner, kinds)
+        plan = self.updater.trained(plan)
+        selected, owner = pool.selection(config, self.owner, advantages)
+        edge_values, rule = None, config.advantage
         if rule.credit != "leaf":
             edge_values, _ = edge_advantages(plan, rewards, self.reward_weights, rule)
         return build_updates(
@@ -229,7 +282,7 @@ class Trainer:
             modules=self.family.grid.module_names(plan.schedule),
             rank=self.world.data_rank,
             world_size=self.world.data_size,
-            owner=self.owner,
+            owner=owner,
             updates=config.loss.updates,
             timestep_fraction=config.loss.timestep_fraction,
             timesteps=config.loss.timesteps,
@@ -246,6 +299,7 @@ class Trainer:
         drawn: Trajectories,
         conditions: Conditions,
         advantages: LeafAdvantages,
+        prompts: Sequence[Prompt],
     ) -> dict[str, float]:
         """Run the update schedule."""
         with self.bar("update", sum(len(update.calls) for update in updates)) as bar:
@@ -255,26 +309,9 @@ class Trainer:
                 self.stopping.ask(until=NOW)  # A begun update phase is finished if time allows.
 
             return self.updater.run(
-                updates, drawn, conditions, advantages.weights, self.sampled_with, after_call
-            )
-
-    def reward_metrics(self, rewards: np.ndarray, advantages: LeafAdvantages) -> dict[str, float]:
-        """Statistics of the iteration's rewards; failed samples enter none."""
-        used = self.reward_weights != 0
-        total = (rewards[..., used] @ self.reward_weights[used])[advantages.valid]
-        groups = [rewards[p, v][:, used] for p, v in enumerate(advantages.valid) if v.any()]
-        spreads = [float((group @ self.reward_weights[used]).std()) for group in groups]
-        metrics = {
-            "reward/mean": float(total.mean()) if total.size else float("nan"),
-            "reward/std_in_group": float(np.mean(spreads)) if spreads else float("nan"),
-            "reward/failed": float(np.isnan(rewards).any(axis=-1).mean()),
-            "reward/zero_variance": advantages.zero_variance,
-        }
-        for column, reward in enumerate(self.rewards):
-            scores = rewards[..., column]
-            if np.isfinite(scores).any():
-                metrics[f"reward/{reward.name}"] = float(np.nanmean(scores))
-        return metrics
+                updates, drawn, conditions, advantages.weights, self.sampled_with, after_call,
+                iteration=self.done, prompts=prompts,
+            )  # fmt: skip
 
     @contextmanager
     def untrained(self) -> Iterator[None]:
@@ -310,9 +347,10 @@ class Trainer:
         tensors = checkpoint.collect(self.policy, self.engine.optimizers)
         extra = {
             "ema_updates": self.policy.ema_updates,
-            "skipped": [self.updater.skipped, self.updater.skipped_total],
+            "updater": self.updater.state(),
             "seconds": self.seconds,
             "running": {str(p): h.tolist() for p, h in self.running.history.items()},
+            "draws": self.draws.state,
         }
         self.saver.save(checkpoint.Snapshot(self.done, tensors, extra))
 
@@ -328,8 +366,9 @@ class Trainer:
             return False
         self.done = snapshot.iteration
         self.policy.ema_updates = snapshot.extra["ema_updates"]
-        self.updater.skipped, self.updater.skipped_total = snapshot.extra["skipped"]
+        self.updater.restore(snapshot.extra["updater"])
         self.seconds = snapshot.extra["seconds"]
+        self.draws.state = snapshot.extra.get("draws", self.draws.state)  # Older ones have none.
         self.running.history = {
             int(p): np.array(h, dtype=np.float64) for p, h in snapshot.extra["running"].items()
         }
@@ -340,7 +379,7 @@ class Trainer:
         """Add to the run's seconds of a stage, and say which one is running."""
         start = time.perf_counter()
         self.current = name  # Left standing by an exception: an interrupted run asks for it.
-        with nvtx.annotate(f"dancegrpo_fast.{name}"):
+        with nvtx.annotate(f"dancegrpo_fast.{name}"), record_function(f"dancegrpo_fast.{name}"):
             yield
         self.current = ""
         if self.world.device.type == "cuda":

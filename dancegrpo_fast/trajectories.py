@@ -48,13 +48,24 @@ class Trajectories:
             return torch.empty(0)
         return self.stack([(p, self.plan.leaves[g]) for p, g in chosen])
 
-    def keep(self, front: dict[Place, Tensor]) -> None:
+    def keep(self, front: dict[Place, Tensor], *, samples_only: bool = False) -> None:
         """Store the states of a level that are read again; the others go with their level."""
         for (p, index), latents in front.items():
             kids = self.plan.children[index]
             trained = any(self.plan.states[s].trained for s in (index, *kids))
-            if trained or not kids:
+            if not kids or (trained and not samples_only):
                 self.latents[p, index] = latents
+
+    def joined(self, other: Trajectories) -> Trajectories:
+        """These and those of other prompts; what was drawn a second time stays as it was first."""
+        return Trajectories(
+            self.plan,
+            self.coefficients,
+            sorted({*self.leaves, *other.leaves}),
+            other.latents | self.latents,
+            other.log_prob | self.log_prob,
+            other.outputs | self.outputs,
+        )
 
     def recorded_log_prob(self, edges: Sequence[Place]) -> Tensor:
         """[n] log-prob that the rollout recorded for some edges."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from dancegrpo_fast.ops import native  # noqa: E402
 
 _NOT_RUN = "NATIVE TESTS NOT RUN"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record", action="store_true",
+        help="append what was verified to benchmarks/results/verification.jsonl, on a clean tree",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("record"):
+        sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+        from record import Recorder
+
+        config.pluginmanager.register(Recorder(config.invocation_params.args))
 
 
 @pytest.fixture(scope="session")

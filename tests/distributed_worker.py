@@ -86,10 +86,31 @@ CASES = {
         experts=2,
     ),
 }  # fmt: skip
+CHAINS = {f"{TREE}.kind": "independent_roots", "rollout.noise_level": 0}
+CASES |= {
+    # 5 samples over 2 processes, of which three points each are trained, in two updates
+    "nft": Case(
+        CHAINS | ONE_PROMPT
+        | {"loss.kind": "nft", "loss.kl_weight": 0.1, "policy.train": "lora", "loss.updates": 2,
+           "rollout.group_size": 5, "loss.timestep_fraction": 0.75, "loss.micro_batch_size": 2},
+        rate=1.0,
+    ),
+    "awm": Case(
+        CHAINS | {"loss.kind": "awm", "loss.old_weight": 1.0, "loss.clip_range": 0.5},
+        experts=2, rate=1.0,
+    ),
+    # all steps, of two experts, and calls of zero weight at each
+    "draft": Case(
+        CHAINS | ONE_PROMPT
+        | {"loss.kind": "draft", "loss.gradient_from": [0, 1], "rollout.group_size": 5,
+           "loss.micro_batch_size": 2, "rewards": [{"name": "colourfulness"}]},
+        experts=2,
+    ),
+}  # fmt: skip
 DDP = {"parallel.engine": "ddp"}
 CASES |= {
     f"{name}_ddp": replace(CASES[name], overrides=CASES[name].overrides | DDP)
-    for name in ("plain", "lora_kl", "subsets", "split_experts")
+    for name in ("plain", "lora_kl", "subsets", "split_experts", "nft", "draft")
 }
 # Whole gradients exchanged once; every forward of the rollout gathers; groups over all processes.
 CASES["deferred"] = Case({"parallel.defer_reduction": True, "loss.micro_batch_size": 3})
@@ -194,8 +215,8 @@ def _record(trainer: Trainer, found: dict[str, Any]) -> None:
         found["prompts"] = [(index, prompt.text) for index, prompt in rows]
         return rows
 
-    def recorded_sample(plan, conditions):
-        drawn = sample(plan, conditions)
+    def recorded_sample(plan, conditions, *rest):
+        drawn = sample(plan, conditions, *rest)
         found["plan"] = repr(plan.states)
         found["roots"] = [state.index for state in plan.states if state.parent < 0]
         found["latents"] = dict(drawn.latents)

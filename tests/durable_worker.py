@@ -23,11 +23,12 @@ from unittest import mock
 import torch
 from distributed_worker import _record, one_config, whole_weights
 
-from dancegrpo_fast import rollout, updating
+from dancegrpo_fast import rollout
 from dancegrpo_fast.config import Interrupted, ParallelConfig, RunConfig, UserError
 from dancegrpo_fast.parallel.world import World, leave
 from dancegrpo_fast.run import train
 from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.updating import policy_gradient as updating
 
 LIMIT = 120.0  # A collective that another process never joins fails after this.
 COMMON = {

@@ -27,7 +27,7 @@ from dancegrpo_fast.cli import main
 from dancegrpo_fast.parallel.stopping import Stopping
 from dancegrpo_fast.report.metrics import read_metrics
 from dancegrpo_fast.trainer import Trainer
-from dancegrpo_fast.updating import Updater
+from dancegrpo_fast.updating.policy_gradient import Updater
 
 PLACES = {
     "ask": (Stopping, "ask"),  # Every denoising step, scoring and micro-batch.

@@ -81,7 +81,9 @@ BAD_FIELDS = [
     ("rollout.dynamics=xyz", "= 'xyz': must be 'dance', 'flow', 'flow_wan', 'cps', 'ddim' or 'vp'"),
     # out of range
     ("iterations=0", "= 0: must be greater than or equal to 1"),
-    ("rollout.noise_level=0", "= 0: must be greater than 0"),
+    ("rollout.noise_level=-1", "= -1: must be greater than or equal to 0"),
+    ("rollout.noise_level=0", "= 0: a policy gradient needs noise; or use loss.kind nft, awm, refl "
+     "or draft"),
     ("loss.timestep_fraction=1.5", "= 1.5: must be less than or equal to 1"),
     ("policy.ema_decay=1", "= 1: must be less than 1"),
     ("advantage.best_of_n=3", "= 3: must be a multiple of 2"),
@@ -137,6 +139,17 @@ BAD_FIELDS = [
      "set that to lora, or leave it at 16"),
     ("loss.updates=13", "= 13: a group has 12 trained samples, so at most 12 updates"),
     ("evaluation.every=5", "= 5: needs evaluation.prompts, a file of held-out prompts, or null"),
+    ("data.match=(a", "= '(a': is no regular expression: missing ), unterminated subpattern at "
+     "position 0"),
+    ("data.skip_zero_variance=0", "= 0: must be greater than or equal to 1"),
+    ("logging.trackers.0=tensorbord", "!logging.trackers.0=tensorbord: logging.trackers is no list "
+     "in the recipe; give the whole list"),
+    ("logging.trackers=[wandb, wandb]", "= ['wandb', 'wandb']: names a tracker twice; each once is "
+     "enough"),
+    ("logging.offline=true", "= true: has no effect without wandb in logging.trackers; add it, or "
+     "leave this at false"),
+    ("logging.project=x", "= 'x': has no effect without wandb in logging.trackers; add it, or "
+     "leave this at null"),
     # malformed overrides
     ("seed", "!seed: write it as key=value, such as rollout.steps=8"),
     ("=3", "!=3: write it as key=value, such as rollout.steps=8"),
@@ -158,6 +171,13 @@ def test_each_mistake_is_one_line_with_field_value_and_way_out(recipe, override,
     source = "r.yaml" if expected.startswith("!rollout.shift") else "override"
     line = expected[1:] if expected.startswith("!") else f"{name} {expected}"
     assert lines(recipe, [override]) == [f"{source}: {line}"]
+
+
+def test_an_item_of_a_list_of_choices_is_named_with_the_nearest(recipe):
+    assert lines(recipe, ["logging.trackers=[wandb, tensorbord]"]) == [
+        "override: logging.trackers.1 = 'tensorbord': must be 'tensorboard' or 'wandb'; did you "
+        "mean tensorboard?"
+    ]
 
 
 @pytest.mark.parametrize(

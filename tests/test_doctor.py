@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
 
+import dancegrpo_fast
 from dancegrpo_fast.cli import doctor
 from dancegrpo_fast.ops import native
 
@@ -74,3 +78,23 @@ def test_core_that_cannot_run_is_exit_code_2(monkeypatch, capsys) -> None:
     status, out = report(capsys)
     assert status == 2
     assert "MISSING  torch          does not import (libtorch_cpu.so" in out
+
+
+def test_command_speaks_where_torch_is_missing():
+    """Importing the package must not need torch: doctor is there to say that it is missing."""
+    code = (
+        "import sys; sys.modules['torch'] = None; from dancegrpo_fast.cli import main;"
+        "sys.exit(main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "MISSING  torch" in done.stdout
+
+
+def test_every_exported_name_is_found_where_it_lives():
+    for name in dancegrpo_fast.__all__:
+        value = getattr(dancegrpo_fast, name)
+        assert not isinstance(value, types.ModuleType), name
+        assert name in dir(dancegrpo_fast)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dancegrpo_fast.nothing  # noqa: B018

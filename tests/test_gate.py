@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny_models import CPU, tiny_config
 
-from dancegrpo_fast import updating
 from dancegrpo_fast.losses.gate import RatioGateError
 from dancegrpo_fast.ops import POLICY_METRICS
 from dancegrpo_fast.ops.noise import NoiseKey, normal
 from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.updating import policy_gradient as updating
 
 CLEAN = 1e-6  # Rounding of float32 log-probs, whatever the batch; the limits lie 50x higher.
 # updates of an iteration and limit: max_log_prob_gap, or half the clip range
@@ -195,13 +195,13 @@ def test_recompute_measures_the_transitions_of_later_updates(tmp_path, tiny_wan_
         trainer = make_trainer(tmp_path, tiny_wan_folder, mode, {"loss.max_log_prob_gap": limit})
         update = trainer.update
 
-        def planted(updates, drawn, conditions, advantages, update=update):
+        def planted(updates, drawn, conditions, advantages, prompts, update=update):
             first, second = ({(i.prompt, c) for k in u.calls for i in k.items for c in i.children}
                              for u in updates)  # fmt: skip
             assert first and second and not first & second
             edge = min(second)
             drawn.log_prob[edge] = drawn.log_prob[edge] + 2 * limit
-            return update(updates, drawn, conditions, advantages)
+            return update(updates, drawn, conditions, advantages, prompts)
 
         trainer.update = planted
         if stops:

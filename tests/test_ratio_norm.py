@@ -12,7 +12,6 @@ from torch import Tensor
 from tree_oracle import Case, schedule_updates
 from tree_stand_ins import SCHEDULE, ReferencePolicy
 
-from dancegrpo_fast import updating
 from dancegrpo_fast.batching import Call
 from dancegrpo_fast.config import LossConfig
 from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss, recompute
@@ -20,6 +19,7 @@ from dancegrpo_fast.ops import POLICY_METRICS, PolicyLoss
 from dancegrpo_fast.trainer import Trainer
 from dancegrpo_fast.trajectories import Fan
 from dancegrpo_fast.tree import branch_points, shared_root
+from dancegrpo_fast.updating import policy_gradient as updating
 
 CLIP = 0.2
 PLANS = {
@@ -117,7 +117,7 @@ def test_the_trainer_compares_with_the_output_of_the_rollout(
     loss, drifts, outputs = updating.policy_gradient_loss, [], {}
     draw = updating.Updater.run
 
-    def run(self, updates, drawn, *rest):
+    def run(self, updates, drawn, *rest, **named):
         # What the rollout saw, asked again with the weights of the rollout.
         for update in updates:
             for call in update.calls:
@@ -125,7 +125,7 @@ def test_the_trainer_compares_with_the_output_of_the_rollout(
                 module = self.engine.modules[call.module]
                 now = recompute(fan, drawn, rest[0], self.family, module)
                 outputs.update(zip(fan.places, now.output, strict=True))
-        return draw(self, updates, drawn, *rest)
+        return draw(self, updates, drawn, *rest, **named)
 
     def checked(call, drawn, *arguments, **options):
         result = loss(call, drawn, *arguments, **options)

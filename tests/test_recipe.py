@@ -43,8 +43,8 @@ def test_duplicate_keys_are_refused_with_their_lines(tmp_path, monkeypatch):
         ("a: !!python/object:os.system 1\n", "t.yaml: line 1: not valid YAML: could not determine"),
         ("a: &x [*x]\n", "t.yaml: line 1: holds an alias to itself; write it out"),
         ("? [1]\n: 2\n", "t.yaml: line 1: a key must be plain text"),
-        ("", "t.yaml: must hold sections (key: value lines) with the keys seed, output, iter"),
-        ("- a\n", "t.yaml: must hold sections (key: value lines) with the keys seed, output, it"),
+        ("", "t.yaml: must hold sections (key: value lines) with the keys algorithm, seed, o"),
+        ("- a\n", "t.yaml: must hold sections (key: value lines) with the keys algorithm, seed, o"),
         ("a: \x01\n", "t.yaml: unacceptable character"),
     ],
 )

@@ -1,175 +1,36 @@
-"""Metrics file, clips and the report page, read back by independent readers."""
+"""The run's page, read back by an independent parser, and what is kept on disk for it."""
 
 from __future__ import annotations
 
 import base64
-import io
 import json
-import math
 import re
 from html.parser import HTMLParser
-from xml.etree import ElementTree
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageSequence
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from PIL import Image
+from test_config import RECIPE
+from test_metrics import decode, moving_dot
 
-from dancegrpo_fast.config import UserError
-from dancegrpo_fast.report.metrics import MetricsLog, gif_bytes, read_metrics, write_gif
-from dancegrpo_fast.report.page import (
-    ClipPair,
-    CurvePoint,
-    Measure,
-    Summary,
-    reward_curve,
-    write_page,
-)
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.config import RunConfig, UserError, dump
+from dancegrpo_fast.report import page
+from dancegrpo_fast.report.evaluate import Evaluation
+from dancegrpo_fast.report.metrics import gif_bytes
+from dancegrpo_fast.report.record import Record, read_records, save_small, spread, write_record
+from dancegrpo_fast.report.run_page import RunFiles, write_page
 
-
-def moving_dot(frames: int = 5, size: int = 12) -> torch.Tensor:
-    """[F, 3, H, W]: a red dot that moves one pixel a frame over a gradient."""
-    video = torch.linspace(0, 0.5, size).expand(frames, 3, size, size).clone()
-    for frame in range(frames):
-        video[frame, :, 3, frame] = torch.tensor([1.0, 0.0, 0.0])
-    return video
-
-
-def decode(gif: bytes) -> torch.Tensor:
-    """[F, 3, H, W] bytes of a GIF, as Pillow shows them."""
-    image = Image.open(io.BytesIO(gif))
-    frames = [
-        torch.frombuffer(bytearray(frame.convert("RGB").tobytes()), dtype=torch.uint8)
-        for frame in ImageSequence.Iterator(image)
-    ]
-    return torch.stack(frames).reshape(-1, image.height, image.width, 3).permute(0, 3, 1, 2)
-
-
-def board(run_dir, **limits) -> EventAccumulator:
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance=limits or None)
-    return events.Reload()
-
-
-# --- clips
-
-
-def test_gif_keeps_frames_pixels_and_time():
-    video = moving_dot()
-    gif = gif_bytes(video, fps=8)
-    # At most 256 colours a frame, so that every pixel survives.
-    assert torch.equal(decode(gif), (video * 255).round().to(torch.uint8))
-    image = Image.open(io.BytesIO(gif))
-    assert image.info["loop"] == 0 and image.info["duration"] == 120  # 12.5 hundredths, to even
-
-
-def test_gif_clamps_and_paints_nan_black():
-    video = torch.tensor([-1.0, 2.0, math.nan, 0.5]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
-    assert decode(gif_bytes(video))[0, 0].tolist() == [[0, 255], [0, 128]]
-
-
-def test_gif_takes_bfloat16_strided_input_with_gradient():
-    video = moving_dot().to(torch.bfloat16).transpose(2, 3).requires_grad_()
-    expected = (video.detach().float() * 255).round().to(torch.uint8)
-    assert torch.equal(decode(gif_bytes(video)), expected)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 1, 4, 4), (0, 3, 4, 4), (1, 2, 3, 4, 4)])
-def test_gif_names_a_wrong_shape(shape):
-    with pytest.raises(ValueError, match=re.escape(f"shape {list(shape)}; expected [F, 3, H, W]")):
-        gif_bytes(torch.zeros(shape))
-
-
-def test_gif_names_a_wrong_rate():
-    with pytest.raises(ValueError, match="fps = 0"):
-        gif_bytes(moving_dot(), fps=0)
-
-
-def test_write_gif_writes_these_bytes(tmp_path):
-    write_gif(tmp_path / "a.gif", moving_dot(), fps=4)
-    assert (tmp_path / "a.gif").read_bytes() == gif_bytes(moving_dot(), fps=4)
-
-
-# --- metrics
-
-
-def test_metrics_reach_the_file_and_tensorboard(tmp_path):
-    with MetricsLog(tmp_path / "run") as log:
-        log.write(1, {"reward": 0.1, "loss": torch.tensor(2.0, dtype=torch.float64)})
-        log.write(2, {"reward": 1 / 3, "grad_norm": math.nan})
-        # A line is on disk as soon as it is written.
-        text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()] == [
-        {"iteration": 1, "reward": 0.1, "loss": 2.0},
-        {"iteration": 2, "reward": 1 / 3, "grad_norm": None},
-    ]
-    events = board(tmp_path / "run")
-    assert [e.step for e in events.Scalars("reward")] == [1, 2]
-    assert [e.value for e in events.Scalars("reward")] == pytest.approx([0.1, 1 / 3], rel=1e-7)
-    assert math.isnan(events.Scalars("grad_norm")[0].value)
-
-
-def test_a_clip_is_a_file_and_the_same_gif_in_tensorboard(tmp_path):
-    video = moving_dot()
-    with MetricsLog(tmp_path) as log:
-        path = log.add_clip("samples/a red dot, moving", video, 3, fps=5)
-    assert path == tmp_path / "clips" / "samples_a_red_dot_moving_000003.gif"
-    assert path.read_bytes() == gif_bytes(video, fps=5)
-    (event,) = board(tmp_path).Images("samples/a red dot, moving")
-    assert (event.step, event.width, event.height) == (3, 12, 12)
-    assert event.encoded_image_string == path.read_bytes()
-
-
-def test_resume_drops_what_will_be_written_again(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        for iteration in range(6):
-            log.write(iteration, {"x": iteration})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"iteration": 6, "x"')  # what a crash leaves
-    with MetricsLog(tmp_path, resumed=3) as log:
-        for iteration in (4, 5):
-            log.write(iteration, {"x": 10 * iteration})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [
-        {"iteration": i, "x": x} for i, x in enumerate([0, 1, 2, 3, 40, 50])
-    ]
-    assert [(e.step, e.value) for e in board(tmp_path).Scalars("x")] == [
-        (0, 0), (1, 1), (2, 2), (3, 3), (4, 40), (5, 50),
-    ]  # fmt: skip
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_resume_without_a_file_starts_one(tmp_path):
-    with MetricsLog(tmp_path, resumed=3) as log:
-        log.write(4, {"x": 1})
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"iteration": 4, "x": 1.0}]
-
-
-def test_a_run_is_not_written_over(tmp_path):
-    with MetricsLog(tmp_path) as log:
-        log.write(0, {"x": 1})
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError) as caught:
-        MetricsLog(tmp_path)
-    assert str(caught.value) == (
-        f"output = {str(tmp_path)!r}: already holds a run; "
-        "continue it with --resume latest, or name another folder"
-    )
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("damage", ["{", "[1]", '{"x": 1}', '{"iteration": null}', "3"])
-def test_damage_in_the_middle_is_named(tmp_path, damage):
-    (tmp_path / "metrics.jsonl").write_text(f'{{"iteration": 0}}\n{damage}\n{{"iteration": 2}}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is no JSON object with an iter"):
-        MetricsLog(tmp_path, resumed=1)
-
-
-# --- page
+PROMPTS = [f"prompt {n}" for n in range(7)] + ['a "red" <dot>']
+SECONDS = {"time/sample": 2.0, "time/update": 1.0}
 
 
 class Page(HTMLParser):
     """Collects tags, attributes and text; refuses tags that are not closed in order."""
 
-    VOID = ("meta", "img")
+    VOID = ("meta", "img", "link", "br")
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -193,113 +54,332 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text += data
 
-
-CURVE = [
-    CurvePoint(0, held_out=0.5, standard_error=0.02),
-    CurvePoint(1, training=0.52),
-    CurvePoint(2, training=0.61, held_out=0.7, standard_error=0.01),
-]
-
-
-def a_page(tmp_path, **changes) -> str:
-    gif, still = gif_bytes(moving_dot()), gif_bytes(moving_dot(1, 200))
-    values = {
-        "title": "Shapes <&>",
-        "reward": "moving_shape",
-        "base": 0.5,
-        "trained": 0.7,
-        "standard_error": 0.02,
-        "prompts": 64,
-        "seeds": 2,
-        "config": "seed: 0\noutput: <x>\n",
-        "hashes": {"base": "ab" * 32, "trained": "cd" * 32},
-        "measures": [Measure("diversity", 0.25, 0.2, "80% of the base")],
-    } | changes
-    pairs = [ClipPair('a "red" <dot>', gif, still, 0.4567, 0.7891)]
-    load = 'pipe = WanPipeline.from_pretrained("runs/x/export")\n'
-    path = write_page(tmp_path, Summary(**values), CURVE, pairs, {"a": 3.0, "b": 1.0}, load)
-    assert path == tmp_path / "report.html"
-    return path.read_text(encoding="utf-8")
+    def images(self) -> dict[str, bytes]:
+        """Bytes of each picture by its description."""
+        found = [attributes for tag, attributes in self.tags if tag == "img"]
+        return {
+            str(a["alt"]): base64.b64decode(str(a["src"]).partition(";base64,")[2]) for a in found
+        }
 
 
-def test_page_says_what_happened(tmp_path):
-    text = Page(a_page(tmp_path)).text
+def evaluation(scores: np.ndarray, seed: int = 0, size: int = 8) -> Evaluation:
+    """Of two rewards, the second one's scores 10 times the first's, and one part."""
+    clips = np.random.default_rng(seed).integers(0, 256, (len(scores), 2, 3, size, size), np.uint8)
+    return Evaluation(
+        scores=np.stack([scores, 10 * scores], axis=-1), names=("a", "b"),
+        parts=scores[..., None] / 2, part_names=("a.half",),
+        distances=scores.mean(axis=1), clips=clips,
+    )  # fmt: skip
+
+
+# First seed: prompt 7 is the best in the end, 0 the worst, 3 changed most.
+BASE = np.tile([[0.5, 0.5]], (8, 1))
+END = BASE + np.array([-0.05, 0.01, 0.02, -0.04, 0.03, 0.02, 0.01, 0.045])[:, None]
+BASE[3] += 0.4
+END[3] += 0.1
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """The folder of a run of two rewards that was killed after 4 of 5 iterations."""
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    config = RunConfig.model_validate({**RECIPE, "output": str(folder)})
+    (folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")
+    lines: list[dict] = [{"iteration": 0, "evaluation/reward": 3.0, "evaluation/standard_error": 0}]
+    for i in (1, 2, 3, 4):
+        told = {"reward/mean": 3 + i / 10, "reward/a": 0.5, "reward/b": 5.0, "reward/failed": 0.0}
+        ratios = {"policy/ratio_deviation": i / 100, "steps/ratio_deviation/02": i / 100}
+        gate = {"gate/max_gap": None if i == 2 else 1e-7, "update/grad_norm": 0.1 * i}
+        lines.append({"iteration": i, **told, **ratios, **gate})
+    found = {"evaluation/reward": 3.2, "evaluation/standard_error": 0.04}
+    lines.append({"iteration": 4, **found})
+    write_lines(folder / "metrics.jsonl", lines)
+    write_lines(folder / "times.jsonl", [{"iteration": i, **SECONDS} for i in (1, 2, 3, 4)])
+    for iteration, scores in ((0, BASE), (2, BASE), (4, END)):
+        found = evaluation(scores, seed=iteration)
+        write_record(folder, iteration, found, PROMPTS, [1.0, 0.5], fps=8)
+    return folder
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+# --- what is kept of evaluations
+
+
+def test_a_record_is_what_was_measured(tmp_path):
+    scores = END.copy()
+    scores[1, 1] = np.nan
+    found = evaluation(scores)
+    folder = write_record(tmp_path, 5, found, PROMPTS, [1.0, 0.0], fps=8)
+    assert folder == tmp_path / "evaluations" / "000005"
+    (record,) = read_records(tmp_path)
+    assert (record.iteration, record.prompts, record.names) == (5, tuple(PROMPTS), ("a", "b"))
+    for name in ("scores", "parts", "distances"):
+        np.testing.assert_array_equal(getattr(record, name), getattr(found, name))
+    # A reward of weight 0 enters nothing.
+    np.testing.assert_array_equal(record.totals, scores)
+    # Small clips are kept without loss.
+    assert torch.equal(decode(record.clips[3].read_bytes()), torch.from_numpy(found.clips[3]))
+
+
+def test_differences_are_those_of_the_summary(tmp_path):
+    for iteration, scores in ((0, BASE), (5, END)):
+        write_record(tmp_path, iteration, evaluation(scores), PROMPTS, [1, 1], fps=8)
+    base, last = read_records(tmp_path)
+    found = last.differences(base)
+    assert list(found) == ["a", "b", "a.half", "diversity"]
+    gains = (END - BASE).mean(axis=1)
+    assert found["b"].gain == pytest.approx(10 * gains.mean())
+    assert found["b"].standard_error == pytest.approx(10 * gains.std(ddof=1) / np.sqrt(8))
+
+
+def test_an_evaluation_that_is_repeated_replaces_the_first(tmp_path):
+    write_record(tmp_path, 5, evaluation(BASE), PROMPTS, [1, 1], fps=8)
+    write_record(tmp_path, 5, evaluation(END[:2]), PROMPTS[:2], [1, 1], fps=8)
+    (record,) = read_records(tmp_path)
+    assert record.prompts == ("prompt 0", "prompt 1") and len(record.clips) == 2
+    assert [p.name for p in (tmp_path / "evaluations").iterdir()] == ["000005"]
+
+
+def test_a_record_that_was_cut_off_is_not_read(tmp_path):
+    (tmp_path / "evaluations" / "000005.partial").mkdir(parents=True)
+    (tmp_path / "evaluations" / "000005.partial" / "scores.json").write_text("{")
+    assert read_records(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"iteration": 5}'])
+def test_a_damaged_record_is_named(tmp_path, damage):
+    folder = write_record(tmp_path, 5, evaluation(END), PROMPTS, [1, 1], fps=8)
+    (folder / "scores.json").write_text(damage)
+    with pytest.raises(UserError, match=r"000005/scores\.json: is not what a run writes"):
+        read_records(tmp_path)
+
+
+def test_a_large_clip_is_made_small_and_keeps_its_length(tmp_path):
+    clip = np.zeros((40, 3, 300, 512), np.uint8)
+    clip[20:] = 200
+    clip[:, :, :30] = np.arange(0, 200, 5, dtype=np.uint8)[:, None, None, None]  # No two alike.
+    save_small(tmp_path / "a.webp", clip, fps=10)
+    small = decode((tmp_path / "a.webp").read_bytes())
+    assert small.shape == (16, 3, 150, 256)
+    lower = small[:, :, 20:].float().mean(dim=(1, 2, 3))
+    assert lower[7] < 5 < 195 < lower[8]  # Frames 18 and 21.
+    # 40 frames at 10 per second are 4 s: 16 of 250 ms.
+    image = Image.open(tmp_path / "a.webp")
+    image.seek(1)
+    image.load()
+    assert image.info["duration"] == 250
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "places"), [(0, 4, []), (1, 4, [0]), (3, 4, [0, 1, 2]), (9, 3, [0, 4, 8])]
+)
+def test_spread(total, count, places):
+    assert spread(total, count) == places
+
+
+# --- the page
+
+
+def test_the_page_of_a_killed_run_says_what_happened(run):
+    text = read(write_page(run)).text
     for part in (
-        "Shapes <&>",
-        "on 64 held-out prompts x 2 seeds",
-        "0.500 before, 0.700 after; gain +0.200 ± 0.020 (10.0 standard errors).",
-        "before 0.457",
-        "after 0.789",
-        'a "red" <dot>',
-        "diversity0.2500.20080% of the base",
-        "a3.0 s75%b1.0 s25%total4.0 s",
-        'pipe = WanPipeline.from_pretrained("runs/x/export")',
-        "output: <x>",
-        "ab" * 32,
-        "cd" * 32,
-    ):
+        "shapes: models/x",
+        "Mean a + b on 8 held-out prompts x 2 seeds: 3.000 before, 3.200 after; gain +0.200 ± "
+        "0.040 (5.0 standard errors).",
+        "4 of 5 iterations; the run goes on or was interrupted.",
+        "Gradient norm", "Rollout against training", "Ratio by step", "Seconds of an iteration",
+        "sample8.0 s67%update4.0 s33%all12.0 s",
+        "a.half0.2750.259",
+        "group_size: 12",
+    ):  # fmt: skip
         assert part in text, part
+    assert "Load it" not in text and "Every ratio was exactly 1" not in text
 
 
-def test_a_loss_is_shown_as_one_and_no_error_is_not_divided_by(tmp_path):
-    text = Page(a_page(tmp_path, trained=0.4, standard_error=0.0)).text
-    assert "gain -0.100 ± 0.000." in text
+def test_best_worst_and_most_changed_are_these(run):
+    write_page(run)
+    html = (run / "report.html").read_text()
+    parts = re.split("<h3>", html.partition("<h2>Samples</h2>")[2].partition("<h2>")[0])
+    titles = {part.partition("</h3>")[0]: part for part in parts[1:]}
+    # 8 prompts: two of each. Totals are 6 times a's score.
+    best, worst, changed = (
+        re.findall(r'alt="after: ([^"]*)"', titles[name])
+        for name in ("Highest reward", "Lowest reward", "Most changed")
+    )
+    assert best == ["prompt 3", "a &quot;red&quot; &lt;dot&gt;"]
+    assert worst == ["prompt 0", "prompt 1"]
+    assert changed == ["prompt 3", "prompt 0"]
+    assert "before <b>5.400</b>" in titles["Most changed"]
+    assert "after <b>3.360</b>" in titles["Most changed"]
 
 
-def test_page_is_self_contained(tmp_path):
-    html = a_page(tmp_path)
-    page = Page(html)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
-    for tag, attributes in page.tags:
+def test_fixed_prompts_are_shown_over_time_in_the_very_pixels(run):
+    images = read(write_page(run)).images()
+    for iteration in (0, 2, 4):
+        clip = evaluation(BASE, seed=iteration).clips[0]
+        shown = decode(images[f"iteration {iteration}: prompt 0"])
+        assert torch.equal(shown, torch.from_numpy(clip))
+
+
+def test_page_is_self_contained(run):
+    html = write_page(run).read_text()
+    found = Page(html)
+    assert not {tag for tag, _ in found.tags} & {"script", "iframe", "object"}
+    for tag, attributes in found.tags:
         for name in ("src", "href", "xlink:href"):
             target = attributes.get(name)
-            assert target is None or target.startswith(("data:image/", "#")), (tag, target)
-    assert "@import" not in html and not re.search(r"url\((?!#)", html)
+            assert target is None or target.startswith(("data:", "#")), (tag, target)
+    assert "@import" not in html and "url(" not in html
+    assert "http" not in re.sub(r"<pre>.*?</pre>", "", html, flags=re.S)
     assert 'name="viewport"' in html and "prefers-color-scheme: dark" in html
+    assert "@media print" in html
 
 
-def test_page_holds_the_very_clips_and_enlarges_small_ones_sharply(tmp_path):
-    images = [attributes for tag, attributes in Page(a_page(tmp_path)).tags if tag == "img"]
-    assert [i["alt"] for i in images] == ['before: a "red" <dot>', 'after: a "red" <dot>']
-    assert [i.get("class") for i in images] == ["small", None]
-    for attributes, video in zip(images, (moving_dot(), moving_dot(1, 200)), strict=True):
-        kind, _, encoded = str(attributes["src"]).partition(";base64,")
-        assert kind == "data:image/gif"
-        assert base64.b64decode(encoded) == gif_bytes(video)
+def test_a_finished_run_says_how_to_load_it(run):
+    config = RunConfig.model_validate({**RECIPE, "output": str(run), "iterations": 4})
+    (run / "recipe.yaml").write_text(dump(config))
+    summary = {"iterations": 4, "weights_sha256": {"base": "ab" * 32}, "seconds": {"load": 3.0},
+               "load": "pipe = WanPipeline.from_pretrained()\n"}  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = read(write_page(run)).text
+    for part in ("4 of 4 iterations. Written", "WanPipeline.from_pr", "ab" * 32, "load3.0 s100%"):
+        assert part in text, part
+    # The same run resumed, from an earlier snapshot or to go further: its old end is no end.
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text("".join(lines.splitlines(keepends=True)[:3]))
+    assert "Load it" not in read(write_page(run)).text
+    (run / "metrics.jsonl").write_text(lines)
+    (run / "recipe.yaml").write_text(dump(config.model_copy(update={"iterations": 9})))
+    assert "Load it" not in read(write_page(run)).text
 
 
-def test_curve_draws_each_point_and_bars_of_one_standard_error():
-    svg = ElementTree.fromstring(reward_curve(CURVE))
-    space = "{http://www.w3.org/2000/svg}"
-
-    def paths(group: str) -> list[list[tuple[float, float]]]:
-        found = svg.find(f".//{space}g[@id='{group}']")
-        assert found is not None, group
-        return [
-            [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.get("d", ""))]
-            for path in found.iter(f"{space}path")
-        ]
-
-    (training,) = paths("training")
-    (held_out, *_marker) = paths("held-out")
-    bars = paths("held-out-error")
-    assert len(training) == 2 and len(held_out) == 2 and len(bars) == 2
-    # The axes are affine: two held-out points fix both, everything else must follow.
-    (x0, y0), (x2, y2) = held_out
-
-    def place(iteration: float, reward: float) -> tuple[float, float]:
-        return x0 + (x2 - x0) * iteration / 2, y0 + (y2 - y0) * (reward - 0.5) / 0.2
-
-    assert y2 < y0  # SVG counts downwards: a rising reward rises
-    for point, expected in zip(training, (place(1, 0.52), place(2, 0.61)), strict=True):
-        assert point == pytest.approx(expected, abs=1e-3)
-    for bar, (at, mean, error) in zip(bars, ((0, 0.5, 0.02), (2, 0.7, 0.01)), strict=True):
-        low, high = place(at, mean - error), place(at, mean + error)
-        assert [c for point in bar for c in point] == pytest.approx([*low, *high], abs=1e-3)
+def test_audit_findings_are_shown_with_their_advice(run):
+    finding = {"name": "saturation", "base": 0.25, "trained": 0.5, "threshold": "above 1.5 <x>",
+               "flagged": True, "advice": "use loss.kl_weight"}  # fmt: skip
+    quiet = {**finding, "name": "grid", "base": None, "flagged": False}
+    (run / "audit.json").write_text(json.dumps([finding, quiet]))
+    text = read(write_page(run)).text
+    assert "saturationlook at it0.250.5above 1.5 <x>use loss.kl_weight" in text
+    assert "gridquiet0.5above 1.5 <x>" in text and text.count("use loss.kl_weight") == 1
 
 
-def test_curve_is_deterministic_takes_the_page_s_ink_and_may_be_empty():
-    assert reward_curve(CURVE) == reward_curve(CURVE)
-    assert "currentColor" in reward_curve(CURVE) and "#010203" not in reward_curve(CURVE)
-    ElementTree.fromstring(reward_curve([]))
-    ElementTree.fromstring(reward_curve(CURVE[1:2]))
+def test_evaluations_that_cannot_be_compared_are_left_out(run):
+    """Of a resumed run: one after its snapshot, and others of prompts that were exchanged."""
+    write_record(run, 9, evaluation(END), PROMPTS, [1.0, 0.5], fps=8)
+    assert [r.iteration for r in RunFiles.read(run).records] == [0, 2, 4]
+    write_record(run, 4, evaluation(END), [*PROMPTS[:7], "another"], [1.0, 0.5], fps=8)
+    found = RunFiles.read(run)
+    assert [r.iteration for r in found.records] == [4] and found.pair is None
+    assert "prompt 0" in read(write_page(run)).text
+
+
+def test_failed_rewards_are_said_and_rank_nowhere(run):
+    scores = END.copy()
+    scores[7, 0] = np.nan
+    write_record(run, 4, evaluation(scores), PROMPTS, [1.0, 0.5], fps=8)
+    found = read(write_page(run))
+    assert 'after: a "red" <dot>' not in found.images()
+    assert "4: failed" in found.text
+
+
+def test_a_run_without_held_out_prompts_shows_training_samples(run):
+    for folder in sorted((run / "evaluations").rglob("*"), reverse=True):
+        folder.unlink() if folder.is_file() else folder.rmdir()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", [line for line in lines if "reward/mean" in line])
+    (run / "clips").mkdir()
+    small, large = gif_bytes(moving_dot()), gif_bytes(torch.rand(5, 3, 200, 300))
+    (run / "clips" / "a_dot_000001.gif").write_bytes(small)
+    (run / "clips" / "a_storm_000004.gif").write_bytes(large)
+    (run / "clips" / "a_later_one_000005.gif").write_bytes(small)  # of before a resume
+    found = read(write_page(run))
+    assert "Trained on a + b." in found.text and "4: a storm" in found.text
+    assert found.images()["a dot"] == small
+    assert decode(found.images()["a storm"]).shape == (5, 3, 171, 256)
+    assert "a later one" not in found.images()
+
+
+@pytest.mark.parametrize("kept", ["recipe", "cut line"])
+def test_a_run_that_has_hardly_begun_has_a_page(run, kept):
+    for name in ("metrics.jsonl", "times.jsonl"):
+        (run / name).write_text('{"iteration": 1, "rew' if kept == "cut line" else "")
+        if kept == "recipe":
+            (run / name).unlink()
+    text = read(write_page(run)).text
+    assert "0 of 5 iterations" in text and "group_size: 12" in text
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no recipe.yaml; give the folder of a run"):
+        write_page(tmp_path)
+
+
+def test_pictures_beyond_the_limit_are_counted_and_said(run, monkeypatch):
+    monkeypatch.setattr(page.Pictures.__init__, "__defaults__", (3_000,))
+    found = read(write_page(run))
+    assert re.search(r"\d+ pictures were left out to keep this page small", found.text)
+    assert "no room" in found.text
+    shown = [len(picture) for picture in found.images().values()]
+    assert 1 < len(shown) and sum(shown) * 4 / 3 <= 3_000
+
+
+def test_the_page_of_a_long_run_stays_small(run):
+    """10,000 iterations of 40 metrics: thinned out, not drawn point by point."""
+    lines = [
+        {"iteration": i, **{f"reward/r{n}": np.sin(i / 500) + n for n in range(40)},
+         "reward/mean": i / 1e4, **{f"steps/clipped/{s:02d}": 0.1 for s in range(20)},
+         "policy/ratio_deviation": 0.1}
+        for i in range(1, 10_001)
+    ]  # fmt: skip
+    write_lines(run / "metrics.jsonl", lines)
+    write_lines(run / "times.jsonl", [{"iteration": i, **SECONDS} for i in range(1, 10_001)])
+    path = write_page(run)
+    assert path.stat().st_size < 2_000_000
+    assert "Each point is the mean of 42 iterations." in read(path).text
+
+
+def test_the_command_writes_the_page(run, tmp_path, capsys):
+    assert main(["report", str(run), "--out", str(tmp_path / "a.html")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a.html")
+    assert "4 of 5 iterations" in (tmp_path / "a.html").read_text()
+    assert not (run / "report.html").exists()
+    assert main(["report", str(run), "--out", str(tmp_path / "none" / "a.html")]) == 2
+    assert "does not exist; make it first" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2
+
+
+def test_a_page_is_replaced_whole(run, monkeypatch):
+    """Who reads the page while it is written sees the old one."""
+    path = write_page(run)
+    before = path.read_text()
+
+    def torn(source, target):
+        assert Path(target).read_text() == before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dancegrpo_fast.report.page.os.replace", torn)
+    with pytest.raises(KeyboardInterrupt):
+        write_page(run)
+    assert path.read_text() == before
+
+
+def test_records_compare_by_what_was_measured():
+    def record(**changes) -> Record:
+        values = {
+            "iteration": 0, "prompts": ("p",), "names": ("a",), "weights": (1.0,),
+            "scores": np.zeros((1, 2, 1)), "part_names": (), "parts": np.zeros((1, 2, 0)),
+            "distances": np.zeros(1), "clips": {},
+        }  # fmt: skip
+        return Record(**(values | changes))
+
+    assert record().comparable(record(iteration=5))
+    for change in ({"prompts": ("q",)}, {"weights": (2.0,)}, {"scores": np.zeros((1, 1, 1))}):
+        assert not record().comparable(record(**change))

@@ -185,11 +185,11 @@ def interrupted_at(monkeypatch, method: str, call: int, number=signal.SIGTERM) -
     """Sends this process a signal in the `call`-th call of a method of the trainer."""
     original, calls = getattr(Trainer, method), []
 
-    def patched(self, *arguments):
+    def patched(self, *arguments, **settings):
         calls.append(method)
         if len(calls) == call:
             signal.raise_signal(number)
-        return original(self, *arguments)
+        return original(self, *arguments, **settings)
 
     monkeypatch.setattr(Trainer, method, patched)
 
@@ -221,6 +221,19 @@ def test_interrupted_run_goes_on_exactly(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(config, resume=True)
     assert_same_run(whole, config)
+
+
+def test_a_signal_while_loading_ends_the_run_as_interrupted(
+    tmp_path, tiny_wan_folder, monkeypatch
+):
+    """There is nothing to save: the process ends at once, resumable, and not by the signal."""
+    config = tiny_config(tmp_path, tiny_wan_folder)
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, "__init__", 1)
+        with pytest.raises(Interrupted, match="interrupted at once; there is no snapshot yet"):
+            train(config)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(config)
 
 
 def test_run_stopped_before_its_first_snapshot_can_go_on(

@@ -17,9 +17,12 @@ from tiny_models import tiny_config, tiny_recipe
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import EvaluationConfig
 from dancegrpo_fast.models import load_family
+from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.report.evaluate import initial_latents
 from dancegrpo_fast.report.samples import Row, contact_sheet, shown, write_mp4, write_png
+from dancegrpo_fast.roles import Role
+from dancegrpo_fast.search import Found, Sampler, SearchSettings, search
 
 PROMPTS = ["a red dot", "a blue dot"]
 ASKED = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
@@ -190,6 +193,138 @@ def test_scores_without_a_choice(tmp_path, tiny_wan_folder):
     sampled(tmp_path / "out", recipe, "--seeds", "2", "--reward", "colourfulness")
     lines = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and all(line["scores"]["colourfulness"] > 0 for line in lines)
+
+
+# ---- search --------------------------------------------------------------------------------------
+
+SEARCH = ["--search", "greedy", "--search-width", "3", "--search-steps", "0,2"]
+
+
+def bright(videos: torch.Tensor) -> np.ndarray:
+    """[n, 1] what `tiny_models.Bright` says of 8-bit pixels."""
+    return (videos.float() / 255).mean(dim=(1, 2, 3, 4))[:, None].double().numpy()
+
+
+def library(config, settings: SearchSettings, prompt: int, seeds: int, roots: int) -> list[Found]:
+    """The search of a prompt, called as a function, from the first `roots` initial noises."""
+    family = load_family(config.model, torch.device("cpu"))
+    rollout = config.rollout
+    sampler = Sampler(
+        family, family.modules, family.grid.schedule(rollout), rollout.dynamics,
+        rollout.noise_level, 8,
+    )  # fmt: skip
+    jobs = [(prompt, s) for s in range(seeds * roots)]
+    noise = initial_latents(EvaluationConfig(), jobs, family.latent_shape, family.device)
+    root = NoiseKey.from_seed(0).fold_in(Role.EVALUATION).fold_in(prompt)
+    return search(
+        sampler, family.encode([PROMPTS[prompt]]).select([0] * seeds),
+        [root.fold_in(s) for s in range(seeds)],
+        lambda x, trees: bright((family.decode(x) * 255).round().to(torch.uint8)),
+        settings, roots=noise.unflatten(0, (seeds, roots)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["wan", "flux"])
+def test_search_is_the_librarys(tmp_path, tiny_wan_folder, family, capsys):
+    """Each seed's search from its own noise, best sample first, and what that took."""
+    model, changes = tiny_wan_folder, dict(STILL)
+    if family == "flux":
+        sys.path.insert(0, str(Path(__file__).parent / "families"))
+        from case_flux import CASES
+
+        model, changes = CASES[0].build(tmp_path / "model"), CASES[0].overrides()
+    recipe, config = write_recipe(tmp_path, model, changes), tiny_config(tmp_path, model, changes)
+    out = sampled(tmp_path / "out", recipe, *SEARCH, "--seeds", "2")
+    steps, trees = config.rollout.steps, 4
+    printed = capsys.readouterr().out
+    assert (
+        f"(mean of 4) for {trees * (steps + 4)} model evaluations, {trees * 6} previews and "
+        f"{trees * 7} reward calls" in printed
+    )
+    lines = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(out) == len(lines) == 4
+    for p in range(2):
+        found = library(config, SearchSettings("greedy", 3, (0, 2)), p, seeds=2, roots=1)
+        scores = [float(one.scores[one.ranked[0]][0]) for one in found]
+        order = sorted(range(2), key=lambda s: -scores[s])
+        kept = lines[2 * p : 2 * p + 2]
+        assert [line["seed"] for line in kept] == order
+        # The pipeline's networks, batches and conditions are the library's: the same bits.
+        assert [line["scores"]["bright"] for line in kept] == [scores[s] for s in order]
+
+
+def test_brute_force_is_best_of_n(tmp_path, tiny_wan_folder, capsys):
+    recipe = write_recipe(tmp_path, tiny_wan_folder, STILL)
+    out = sampled(tmp_path / "out", recipe, "--best-of", "6")
+    printed = capsys.readouterr().out
+    assert "(mean of 2) for 48 model evaluations, 0 previews and 12 reward calls" in printed
+    lines = [json.loads(x) for x in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    config = tiny_config(tmp_path, tiny_wan_folder, STILL)
+    family = load_family(config.model, torch.device("cpu"))
+    for p, line in enumerate(lines):
+        (one,) = library(config, SearchSettings("brute", 6, (-1,)), p, seeds=1, roots=6)
+        path = one.plan.states[one.ranked[0]].path
+        assert line["seed"] == (path[0][1] if path else 0)
+        pixels = (family.decode(one.sample[None]) * 255).round().to(torch.uint8)[0, 0]
+        written = out[line["file"]].astype(int)
+        # The stock pipeline steps in its own order of operations: up to one level.
+        assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - written).max() <= 1
+
+
+def test_search_with_the_weights_of_a_run(tmp_path, run):
+    options = ["--search", "beam", "--beam", "2", *SEARCH[2:]]
+    trained = sampled(tmp_path / "run", run, *options)
+    exported = sampled(
+        tmp_path / "final", run / "recipe.yaml", "--weights", str(run / "final"), *options
+    )
+    base = sampled(tmp_path / "base", run / "recipe.yaml", *options)
+    assert equal(trained, exported) and not equal(trained, base)
+
+
+NEVER = '''
+import torch
+
+class Never:
+    name = "never"
+
+    def __call__(self, videos, prompts):
+        return torch.full((len(videos),), torch.nan)
+
+class Pair:
+    name = "pair"
+    groupwise = True
+
+    def __call__(self, videos, prompts):
+        return videos.mean(dim=(1, 2, 3, 4))
+'''
+
+
+def test_searches_that_are_refused(tmp_path, tiny_wan_folder, capsys):
+    (tmp_path / "never.py").write_text(NEVER)
+    recipe, out = write_recipe(tmp_path, tiny_wan_folder, STILL), tmp_path / "out"
+    steps = ["--search-steps", "1"]
+    cases = {
+        ("--search-width", "3"): "--search-width: needs --search greedy or beam",
+        ("--beam", "3"): "--beam: needs --search greedy or beam",
+        ("--search", "greedy", *steps): "--search = greedy: needs --search-width",
+        ("--search", "greedy", "--search-width", "3"): "needs --search-steps",
+        (*SEARCH, "--best-of", "4"): "--best-of: is brute force; leave it out beside --search",
+        (*SEARCH[:3], "0", *steps): "--search: width = 0: must be at least 1",
+        (*SEARCH, "--beam", "2"): "--search: beam = 2 with method = 'greedy'",
+        (*SEARCH[:5], "0,x"): "'0,x': give steps such as 2,4,6",
+        (*SEARCH[:4], "--search-steps=-1,2"): "the initial noise is that of --seed",
+        (*SEARCH[:5], "1,3"): "must lie from -1 (the initial noise) to 2",
+        (*SEARCH, "--reward", f"{tmp_path}/never.py:Pair"): "pair compares the samples of a prompt",
+    }
+    for options, message in cases.items():
+        capsys.readouterr()
+        assert main(["sample", recipe, *ASKED, "--out", str(out), *options]) == 2, options
+        lines = [x for x in capsys.readouterr().err.split("\n") if message in x]
+        assert len(lines) == 1, (options, message)
+    assert not out.exists()
+    never = ["--reward", f"{tmp_path}/never.py:Never"]
+    assert main(["sample", recipe, *ASKED, "--out", str(out), *SEARCH, *never]) == 2
+    assert "all 3 previews of tree 0 at step 1 have no score (NaN)" in capsys.readouterr().err
 
 
 # ---- images to start from ------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from typing import NoReturn
 COMMANDS = {
     "train": "train a model with a recipe, on one process or under torchrun",
     "sample": "draw samples of a model or of a run",
+    "evaluate": "compare models on held-out prompts, with intervals",
     "embed": "embed the prompts of a recipe ahead of its run",
     "fetch": "download what a recipe needs, for machines without internet",
     "score": "score images or videos on disk; --list says which rewards there are",
     "serve-reward": "serve rewards to runs in other processes and on other machines",
+    "report": "write the report of a run, also of one that is running or was killed",
     "plan": "print the denoising tree of a recipe and what it costs",
     "export": "write a run's weights as a diffusers pipeline or LoRA",
     "doctor": "say what this installation can do and what is missing",
@@ -48,6 +50,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message}; see {self.prog} --help")
+
+
+def program() -> NoReturn:
+    """The console script, and `python -m dancegrpo_fast`."""
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from dancegrpo_fast.parallel.world import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -82,7 +82,7 @@ def recipe_prompts(config: RunConfig) -> list[Prompt]:
     """Training prompts, then held-out ones."""
     from dancegrpo_fast.data import PromptSet
 
-    prompts = list(PromptSet.load(config.data.prompts).prompts)
+    prompts = list(PromptSet.of(config.data).prompts)
     if config.evaluation.prompts:
         held_out = PromptSet.load(config.evaluation.prompts, field="evaluation.prompts")
         prompts += held_out.prompts

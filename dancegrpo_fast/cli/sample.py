@@ -6,19 +6,23 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dancegrpo_fast.cli.searching import add_arguments, pixel_values, search_all, settings_of
+
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from dancegrpo_fast.config import RewardConfig, RunConfig
     from dancegrpo_fast.models import Family
     from dancegrpo_fast.prompt import Prompt
     from dancegrpo_fast.rewards import Reward
+    from dancegrpo_fast.search import SearchCost
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,6 +47,8 @@ examples:
   dancegrpo-fast sample runs/lora --lora-scale 0.5 --prompt "a fox" --out half
   dancegrpo-fast sample runs/demo --prompts p.txt --best-of 16 --seeds 2 --out best
   dancegrpo-fast sample runs/flux --prompts p.txt --best-of 8 --reward pickscore --out best
+  dancegrpo-fast sample runs/demo --prompts p.txt --search greedy --search-width 4 \\
+      --search-steps 2,4,6 --out searched
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -70,8 +76,9 @@ examples:
         action="append",
         metavar="NAME",
         help="score with it: a name of the recipe's or of ours, or path/to/file.py:ClassName; may "
-        "be given repeatedly (default with --best-of: the recipe's rewards and weights)",
+        "be given repeatedly (default with --best-of or --search: the recipe's rewards, weighted)",
     )
+    add_arguments(parser)
     parser.add_argument("--gif", action="store_true", help="videos as GIF instead of MP4")
     parser.add_argument("--fps", type=int, default=16, help="frames per second (default 16)")
 
@@ -86,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from dancegrpo_fast.prompt import Prompt
     from dancegrpo_fast.report.samples import Row, contact_sheet, shown
     from dancegrpo_fast.rewards import load_rewards, placed
+    from dancegrpo_fast.search import SearchCost
 
     count = args.best_of or args.seeds
     for name in ("seeds", "best_of", "steps", "fps"):
@@ -94,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} = {value}: must be at least 1")
     if count < args.seeds:
         raise UserError(f"--best-of = {count}: must be at least --seeds = {args.seeds}, the kept")
+    search = settings_of(args)
     prompts = [Prompt(text) for text in args.prompt or ()]
     prompts = prompts or list(PromptSet.load(args.prompts, field="--prompts").prompts)
     out = Path(args.out)
@@ -106,18 +115,30 @@ def run(args: argparse.Namespace) -> int:
             seeds=count, seed=args.seed, batch_size=config.evaluation.batch_size
         )
         steps, rows, lines = args.steps or config.rollout.steps, list[Row](), list[str]()
-        (out / "sheet").mkdir(parents=True)
-        drawn = draw_all(family, pipeline, prompts, settings, steps)
+        names, totals, costs = [r.name for r in rewards], list[float](), list[SearchCost]()
         with placed(rewards, family.device):
-            for position, (prompt, videos) in enumerate(zip(prompts, drawn, strict=True)):
-                kept = _keep(
-                    prompt, videos, rewards, weights, count=args.seeds, fps=args.fps
-                )
+            if search is None:
+                plain = draw_all(family, pipeline, prompts, settings, steps)
+                cost = SearchCost(count * steps, previews=0, reward_calls=count)
+                drawn = _scored(plain, prompts, rewards, cost, fps=args.fps)
+            else:
+                drawn = search_all(
+                    family, pipeline, prompts, rewards, config, search, weights=weights,
+                    seeds=args.seeds, seed=args.seed, steps=steps, fps=args.fps,
+                )  # fmt: skip
+            (out / "sheet").mkdir(parents=True)
+            for position, (videos, values, cost) in enumerate(drawn):
+                prompt = prompts[position]
+                kept = _keep(videos, values, names, weights, count=args.seeds)
                 lines += _write(kept, prompt, position, out, gif=args.gif, fps=args.fps)
                 thumbnails = [sample.video[shown(sample.video)] for sample in kept]
                 rows.append(Row(prompt.text, thumbnails, [sample.caption for sample in kept]))
+                totals += [sample.total for sample in kept if sample.total is not None]
+                costs.append(cost)
     (out / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     contact_sheet(rows).save(out / "sheet" / "sheet.png")
+    if rewards:
+        print(_worth(totals, SearchCost.total(costs)))
     print(f"{len(lines)} samples in {out}, together on {out / 'sheet' / 'sheet.png'}")
     return 0
 
@@ -184,7 +205,7 @@ def _chosen_rewards(args: argparse.Namespace, config: RunConfig) -> list[RewardC
     if args.reward:
         known = {reward.name: reward for reward in config.rewards}
         return [known.get(name) or RewardConfig(name=name) for name in args.reward]
-    return list(config.rewards) if args.best_of else []
+    return list(config.rewards) if args.best_of or args.search else []
 
 
 def draw_all(
@@ -231,32 +252,40 @@ class Kept:
         return f"seed {self.seed}" + ("" if self.total is None else f": {self.total:.4g}")
 
 
-def _keep(
-    prompt: Prompt,
-    videos: Tensor,
-    rewards: list[Reward],
-    weights: list[float],
+def _scored(
+    drawn: Iterable[Tensor],
+    prompts: Sequence[Prompt],
+    rewards: Sequence[Reward],
+    cost: SearchCost,
     *,
-    count: int,
     fps: float,
+) -> Iterator[tuple[Tensor, np.ndarray, SearchCost]]:
+    """Plain samples as `search_all` gives searched ones."""
+    for prompt, videos in zip(prompts, drawn, strict=True):
+        yield videos, pixel_values(rewards, videos, prompt, fps), cost
+
+
+def _keep(
+    videos: Tensor, values: np.ndarray, names: list[str], weights: list[float], *, count: int
 ) -> list[Kept]:
     """The best `count` samples of a prompt, best first; without rewards the first ones."""
-    from dancegrpo_fast.rewards import Samples
-    from dancegrpo_fast.rewards.scoring import attempt
-
-    n = len(videos)
-    if not rewards:
+    if not names:
         return [Kept(seed, videos[seed], {}, None) for seed in range(count)]
-    # Scored from the 8-bit pixels that are written.
-    pixels, rate = videos.float() / 255, None if videos.shape[1] == 1 else fps
-    samples = Samples(pixels, [prompt.text] * n, fps=rate, metadata=[prompt.metadata] * n)
-    columns = [attempt(reward, samples).values.tolist() for reward in rewards]
-    names = [reward.name for reward in rewards]
-    rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    rows = [dict(zip(names, row, strict=True)) for row in values.tolist()]
     pairs = [list(zip(weights, row.values(), strict=True)) for row in rows]
     totals = [sum(weight * score for weight, score in pair if weight) for pair in pairs]
-    order = sorted(range(n), key=lambda s: (math.isnan(totals[s]), -totals[s], s))
+    order = sorted(range(len(rows)), key=lambda s: (math.isnan(totals[s]), -totals[s], s))
     return [Kept(seed, videos[seed], rows[seed], totals[seed]) for seed in order[:count]]
+
+
+def _worth(totals: Sequence[float], cost: SearchCost) -> str:
+    """Reward of the samples that were kept, against what finding them took."""
+    finite = [total for total in totals if math.isfinite(total)]
+    mean = f"{sum(finite) / len(finite):.4g}" if finite else "no number"
+    return (
+        f"reward {mean} (mean of {len(finite)}) for {cost.evaluations} model evaluations, "
+        f"{cost.previews} previews and {cost.reward_calls} reward calls"
+    )
 
 
 def _write(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ examples:
         ),
     )
     parser.add_argument(
+        "--profile", metavar="N", type=int,
+        help="profile iteration N of the run: trace and summary in its folder profile/",
+    )  # fmt: skip
+    parser.add_argument(
         "--print-config", action="store_true", help="print the whole checked recipe and stop"
     )
 
@@ -55,9 +60,13 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     from dancegrpo_fast.run import train
+    from dancegrpo_fast.verification import recipe_label
 
+    label = recipe_label(Path(args.recipe), overridden=bool(args.overrides))
+    if label is not None and os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).info(label)
     resume = Path(args.resume) if args.resume not in (None, "latest") else args.resume == "latest"
-    page = train(config, resume=resume)
+    page = train(config, resume=resume, profile=args.profile)
     if page is not None:
         print(f"report: {page}")
     return 0

@@ -14,7 +14,12 @@ from dancegrpo_fast.config.learning import (
 )
 from dancegrpo_fast.config.recipe import dump, load_config
 from dancegrpo_fast.config.run import RunConfig
-from dancegrpo_fast.config.running import CheckpointConfig, EvaluationConfig, ParallelConfig
+from dancegrpo_fast.config.running import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ParallelConfig,
+)
 from dancegrpo_fast.config.sampling import DataConfig, ModelConfig, RolloutConfig, TreeConfig
 
 __all__ = [
@@ -23,6 +28,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "Interrupted",
+    "LoggingConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",

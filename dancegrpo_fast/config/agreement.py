@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dancegrpo_fast.config import kinds
+
 Get = Callable[[str], Any]
 Disagreement = tuple[str, str]  # dotted path, reason
 
@@ -27,7 +29,8 @@ def disagreements(get: Get, default: Get) -> list[Disagreement]:
     found: list[Disagreement] = _without_effect(get, default)
     checks = (
         _dynamics, _last_step, _window, _branches, _group, _credit, _updates, _timesteps,
-        _first_frame,
+        _first_frame, kinds.fits_kind, kinds.steered_kl, kinds.forward_process,
+        kinds.reward_gradient, _lengths, _logging,
     )  # fmt: skip
     for check in checks:
         try:
@@ -48,10 +51,11 @@ def show(value: Any) -> str:
 _TREE = "rollout.tree"
 _WINDOWED = ("window", "branch_points")
 _ORDERED = ("progressive", "decaying", "exponential")
-_ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # setting, its selector, the choices that read it
     ("rollout.shift", "rollout.schedule", ("dance",)),
     ("rollout.exact_density", "rollout.dynamics", ("cps",)),
+    ("rollout.redraw", "loss.kind", ("policy_gradient",)),
     (f"{_TREE}.window_size", f"{_TREE}.kind", _WINDOWED),
     (f"{_TREE}.window_start", f"{_TREE}.kind", _WINDOWED),
     (f"{_TREE}.window_range", f"{_TREE}.kind", _WINDOWED),
@@ -77,13 +81,14 @@ _ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("policy.lora_rank", "policy.train", ("lora",)),
     ("policy.lora_alpha", "policy.train", ("lora",)),
     ("policy.lora_targets", "policy.train", ("lora",)),
+    *kinds.ONLY_WITH_KIND,
 )
 
 
 def _without_effect(get: Get, default: Get) -> list[Disagreement]:
     """Settings that the chosen kind would ignore: nothing in a recipe may do nothing."""
     found = []
-    for path, selector, choices in _ONLY_WITH:
+    for path, selector, choices in ONLY_WITH:
         try:
             value, choice = get(path), get(selector)
         except NotValid:
@@ -95,8 +100,9 @@ def _without_effect(get: Get, default: Get) -> list[Disagreement]:
 
 
 def _trained_steps(get: Get) -> int:
-    """Steps 0 .. n - 1 can be trained; the last of the schedule only with train_last."""
-    return get("rollout.steps") - (0 if get("rollout.train_last") else 1)
+    """Steps 0 .. n - 1 can be trained; of ratios the last of the schedule only with train_last."""
+    whole = get("rollout.train_last") or kinds.trains_every_point(get("loss.kind"))
+    return get("rollout.steps") - (0 if whole else 1)
 
 
 _DDIM, _DDIM_FAMILIES = ("ddim", "vp"), ("sd",)  # The others predict a flow's velocity.
@@ -194,13 +200,15 @@ def _branches(get: Get) -> Iterator[Disagreement]:
 def _group(get: Get) -> Iterator[Disagreement]:
     size, scope = get("rollout.group_size"), get("advantage.scope")
     kept = get("advantage.best_of_n")
-    if size == 1 and scope == "group":
+    if size == 1 and scope == "group" and kinds.needs_group(get("loss.kind")):
         reason = "one sample has no group to compare with; use 2 or more"
         yield "rollout.group_size", f"{reason}, or advantage.scope = batch or running"
     if kept is not None and kept >= size:
         yield "advantage.best_of_n", f"must be below rollout.group_size = {size}, or null for all"
     if kept is None and get("advantage.keep") != "extremes":
         yield "advantage.keep", "has no effect without advantage.best_of_n; give that a number"
+    if kept is None and get("rollout.redraw"):
+        yield "rollout.redraw", "needs advantage.best_of_n: without it all samples are trained"
 
 
 def _credit(get: Get) -> Iterator[Disagreement]:
@@ -216,6 +224,12 @@ def _credit(get: Get) -> Iterator[Disagreement]:
     elif branches is not None and branches < 3:
         reason = f"needs {_TREE}.branches of 3 or more, here {branches}"
         yield "advantage.credit", f"{reason} (two children only ever get +a and -a)"
+
+
+def _lengths(get: Get) -> Iterator[Disagreement]:
+    shortest, longest = get("data.min_length"), get("data.max_length")
+    if shortest is not None and longest is not None and shortest > longest:
+        yield "data.max_length", f"must be at least data.min_length = {shortest}, or null"
 
 
 def _updates(get: Get) -> Iterator[Disagreement]:
@@ -263,3 +277,12 @@ def _first_frame(get: Get) -> Iterator[Disagreement]:
     if get("model.first_frame_steps") is not None and get("model.first_frame") is None:
         reason = "has no effect without model.first_frame; set that to a text-to-image pipeline"
         yield "model.first_frame_steps", f"{reason}, or this to null"
+
+
+def _logging(get: Get) -> Iterator[Disagreement]:
+    if "wandb" in get("logging.trackers"):
+        return
+    for name, default in (("project", None), ("name", None), ("offline", False)):
+        if get(f"logging.{name}") != default:
+            reason = "has no effect without wandb in logging.trackers; add it"
+            yield f"logging.{name}", f"{reason}, or leave this at {show(default)}"

@@ -27,6 +27,9 @@ class RewardConfig(Section):
     """Turn it into 1 above this value and 0 elsewhere; null does not."""
     offload: bool = False
     """Keep its weights in CPU memory outside scoring."""
+    max_failed: float = Field(default=1.0, ge=0, le=1)
+    """Share of an iteration's samples without a score beyond which the run saves and stops; it
+    always does if all have none."""
 
 
 class AdvantageConfig(Section):
@@ -55,13 +58,31 @@ class AdvantageConfig(Section):
     """`scope: running`: rewards of a prompt that are remembered."""
 
 
+Steps = Annotated[
+    tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]], Field(strict=False)
+]
+
+
 class LossConfig(Section):
-    clip_range: float = Field(default=1e-4, gt=0, lt=1)
+    kind: Literal["policy_gradient", "nft", "awm", "refl", "draft"] = "policy_gradient"
+    """What is differentiated: the clipped ratio; the forward process (DiffusionNFT, AWM); the
+    reward itself, through the decoder (ReFL from one clean estimate, DRaFT through last steps)."""
+    clip_range: float = Field(default=1e-4, gt=0, le=1)
     """Ratio is clipped to [1 - clip_range, 1 + clip_range]."""
     kl_weight: float = Field(default=0.0, ge=0)
     """Weight of the KL term to the untrained model; 0 leaves it out."""
     kl: Literal["exact", "flow_image", "x", "v"] = "exact"
-    """Form of the KL term."""
+    """Form of the KL term; nft and awm take the model output's mean square, which is v."""
+    kl_target: float | None = Field(default=None, gt=0)
+    """KL that the weight is steered to (Pref-GRPO); null keeps `kl_weight`."""
+    kl_range: Annotated[
+        tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], Field(strict=False)
+    ] = (0.0001, 1.0)
+    """`kl_target`: least and greatest weight."""
+    kl_horizon: float = Field(default=100.0, gt=0)
+    """`kl_target`: iterations in which a KL of twice the target multiplies the weight by e."""
+    kl_smoothing: float = Field(default=0.2, gt=0, le=1)
+    """`kl_target`: share of the newest KL in the average that is compared."""
     old_log_prob: Literal["auto", "on_policy", "recompute", "rollout"] = "auto"
     """Source of the old log-prob; auto is on_policy with one update and recompute with several."""
     max_log_prob_gap: float = Field(default=1e-3, gt=0)
@@ -81,6 +102,29 @@ class LossConfig(Section):
     (TempFlow-GRPO), `inverse_dt` (GRPO-Guard), or a list for the trainable steps."""
     ratio_norm: bool = False
     """GRPO-Guard's ratio exp(mean(change of the mean x noise)), free of the plain one's bias."""
+    beta: float = Field(default=1.0, gt=0)
+    """`nft`: how far the two branches lie from the old policy; 1: the positive one is the model."""
+    old_decay_rate: float = Field(default=0.001, ge=0)
+    """`nft`, `awm`: the old policy keeps min(limit, rate (updates - start)) of itself after each
+    iteration and takes the rest from the weights."""
+    old_decay_start: int = Field(default=0, ge=0)
+    """`nft`, `awm`: updates before which it keeps nothing."""
+    old_decay_limit: float = Field(default=0.5, ge=0, le=1)
+    """`nft`, `awm`: the most that it keeps."""
+    old_weight: float = Field(default=0.0, ge=0)
+    """`awm`: weight of the distance to the old policy's output; 0 keeps no old policy."""
+    form: Literal["linear", "huber", "ghuber"] = "ghuber"
+    """`awm`: shape of the log-prob in the squared error."""
+    weighting: Literal["uniform", "t", "t^2"] = "t"
+    """`awm`: weight of a noise level in the log-prob."""
+    timestep_range: Steps | None = None
+    """`nft`, `awm`: [first, end) of the grid's points at which samples are noised; null is all."""
+    gradient_from: Steps | None = None
+    """`refl`, `draft`: [first, end) of the steps of which each iteration draws one: the clean
+    estimate is taken there (`refl`), or the gradient goes back to there (`draft`); null is the last
+    quarter of the steps, or the last one."""
+    reward_limit: float | None = None
+    """`refl`, `draft`: the loss is max(0, limit - reward); null takes minus the reward."""
     micro_batch_size: int = Field(ge=1)
     """States per forward and backward in training; memory and speed only."""
 

@@ -10,14 +10,21 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dancegrpo_fast.config.agreement import Disagreement, NotValid, disagreements, show
+from dancegrpo_fast.config.agreement import (
+    ONLY_WITH,
+    Disagreement,
+    NotValid,
+    disagreements,
+    show,
+)
 from dancegrpo_fast.config.errors import UserError
+from dancegrpo_fast.config.presets import with_preset
 from dancegrpo_fast.config.run import RunConfig, default_at, field_at, section_at
 from dancegrpo_fast.config.section import Section
 
@@ -78,7 +85,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         except (yaml.YAMLError, ValueError) as error:
             lines.append(f"override: {override}: {_one_line(error)}")
 
+    raw, from_preset = with_preset(raw, ONLY_WITH)
+
     def source(path_: str) -> str:
+        if path_ in from_preset:
+            return f"algorithm {raw['algorithm']}"
         return "override" if any(_within(path_, key) for key in overridden) else str(path)
 
     try:
@@ -217,7 +228,7 @@ def _reason(path: str, detail: ErrorDetails) -> tuple[str, str | None]:
     if kind == "missing":
         return f"is missing; {_about(path)}", None
     if kind == "literal_error" and isinstance(detail["input"], str):
-        choices = get_args(field_at(path).annotation)
+        choices = re.findall(r"'([^']*)'", reason)  # Also of a list's items.
         near = difflib.get_close_matches(detail["input"], choices, n=1)
         return f"{reason}; did you mean {near[0]}?" if near else reason, None
     better = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from dancegrpo_fast.config.agreement import disagreements, show
+from dancegrpo_fast.config.agreement import ONLY_WITH, disagreements, show
 from dancegrpo_fast.config.learning import (
     AdvantageConfig,
     LossConfig,
@@ -16,7 +16,13 @@ from dancegrpo_fast.config.learning import (
     PolicyConfig,
     RewardConfig,
 )
-from dancegrpo_fast.config.running import CheckpointConfig, EvaluationConfig, ParallelConfig
+from dancegrpo_fast.config.presets import known_algorithm, with_preset
+from dancegrpo_fast.config.running import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    ParallelConfig,
+)
 from dancegrpo_fast.config.sampling import DataConfig, ModelConfig, RolloutConfig
 from dancegrpo_fast.config.section import Section
 
@@ -24,6 +30,8 @@ from dancegrpo_fast.config.section import Section
 class RunConfig(Section):
     """A whole run. Construct it with `load_config`, or directly from its sections."""
 
+    algorithm: Annotated[str | None, AfterValidator(known_algorithm)] = None
+    """Published settings that stand beneath the recipe, by name (docs/algorithms.md)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Every random number of the run derives from it."""
     output: str
@@ -42,6 +50,12 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_its_preset(cls, raw: Any) -> Any:
+        return with_preset(raw, ONLY_WITH)[0]
 
     @field_validator("rewards")
     @classmethod

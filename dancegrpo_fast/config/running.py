@@ -1,10 +1,10 @@
-"""Sections of a recipe on how a run goes: processes, evaluation, snapshots."""
+"""Sections of a recipe on how a run goes: processes, evaluation, logs, snapshots."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dancegrpo_fast.config.section import Section
 
@@ -53,6 +53,24 @@ class EvaluationConfig(Section):
     """Iterations between evaluations; null evaluates the base and the end only."""
     batch_size: int = Field(default=32, ge=1)
     """Samples drawn at once in evaluation."""
+
+
+class LoggingConfig(Section):
+    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    """Where numbers and clips are shown; `metrics.jsonl` and the report are always written."""
+    project: str | None = None
+    """`wandb`: the project; null is dancegrpo-fast."""
+    name: str | None = None
+    """`wandb`: name of the run; null is that of the output folder."""
+    offline: bool = False
+    """`wandb`: write to the run's folder only; `wandb sync` sends it later."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _once_each(cls, trackers: list[str]) -> list[str]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError("names a tracker twice; each once is enough")
+        return trackers
 
 
 class CheckpointConfig(Section):

@@ -28,6 +28,14 @@ def _one_family(name: str) -> str:
     raise ValueError(f"must be {ours}, or path/to/file.py:ClassName for your own{hint}")
 
 
+def _regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return pattern
+
+
 class ModelConfig(Section):
     family: Annotated[str, AfterValidator(_one_family)]
     """A model family of ours, or `path/to/file.py:ClassName` for your own (docs/families.md)."""
@@ -67,9 +75,24 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     prompts: str
-    """Text file with one training prompt a line (relative to the working directory)."""
+    """File with one training prompt a line (relative to the working directory): text, .jsonl,
+    .csv, .tsv or .parquet; or a data set of the hub, `organisation/name[:split]`."""
     prompts_per_iteration: int = Field(ge=1)
     """Prompts drawn for one iteration, over all processes."""
+    column: str = "prompt"
+    """Key or column of the prompt's text, where a file has several."""
+    malformed: Literal["refuse", "skip"] = "refuse"
+    """Malformed lines end the run before it begins, or are left out with a warning."""
+    min_length: int | None = Field(default=None, ge=1)
+    """Characters of a prompt at least; shorter ones are left out."""
+    max_length: int | None = Field(default=None, ge=1)
+    """Characters of a prompt at most; longer ones are left out."""
+    match: Annotated[str, AfterValidator(_regex)] | None = None
+    """Regular expression that is found in every prompt; others are left out."""
+    exclude: Annotated[str, AfterValidator(_regex)] | None = None
+    """Regular expression that is found in no prompt; others are left out."""
+    skip_zero_variance: int | None = Field(default=None, ge=1)
+    """Epochs for which a prompt is left out after a group without a spread; null draws all."""
     embeddings: str | None = None
     """Folder of embedded prompts, shared by runs; null is `embeddings` in the output folder."""
 
@@ -121,8 +144,10 @@ class RolloutConfig(Section):
     """Time shift of the `dance` schedule (DanceGRPO: 3 for FLUX, 5 for HunyuanVideo)."""
     dynamics: Literal["dance", "flow", "flow_wan", "cps", "ddim", "vp"] = "dance"
     """Kind of stochastic step; `ddim` and `vp` for family sd, the others for flow models."""
-    noise_level: float = Field(gt=0)
-    """Strength of the stochastic step (dance: eta, about .3; flow and cps: about .7; ddim: 1)."""
+    noise_level: float = Field(ge=0)
+    """Strength of the stochastic step (dance: about .3; flow, cps: .7; ddim: 1); 0: none."""
+    solver: Literal["euler", "multistep"] = "euler"
+    """Deterministic step: Euler's (DDIM's), or DPM-Solver++ 2M."""
     exact_density: bool = False
     """`cps`: the true Gaussian density instead of FlowCPS's -mean(r^2)."""
     final: Literal["x0", "sample", "ode"] = "x0"
@@ -133,4 +158,9 @@ class RolloutConfig(Section):
     """Storage of latents between steps; log-probs are those of the stored values."""
     batch_size: int = Field(ge=1)
     """States per forward in rollout; memory and speed only."""
+    chunk: int | None = Field(default=None, ge=1)
+    """Samples that a process draws before it scores them, whole prompts unless `redraw`; null is
+    all, or `batch_size` where a reward waits for a server and can be asked meanwhile."""
+    redraw: bool = False
+    """`best_of_n`: keep the rewards only, and draw the chosen samples again from their noise."""
     tree: TreeConfig = TreeConfig()

@@ -264,8 +264,12 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels [B, F, 3, H, W] float32 in [0, 1] of canonical latents."""
         with self.vae() as vae:
-            given = self.vae_latents(latents.float(), vae).to(vae.dtype)
-            pixels = vae.decode(given, return_dict=False)[0].float()
+            return self.pixels(latents, vae)
+
+    def pixels(self, latents: Tensor, vae: Any) -> Tensor:
+        """`decode` with a VAE at hand, differentiable in the latents."""
+        given = self.vae_latents(latents.float(), vae).to(vae.dtype)
+        pixels = vae.decode(given, return_dict=False)[0].float()
         if pixels.dim() == 4:
             pixels = pixels[:, :, None]
         return (pixels / 2 + 0.5).clamp(0, 1).transpose(1, 2).contiguous()

@@ -224,7 +224,12 @@ def normal(
     Args:
         shape: Shape of the full tensor.
         key: The key to draw from.
-        dtype, device, box, copies, out, implementation: As in `normal_batch`.
+        dtype: As in `normal_batch`.
+        device: As in `normal_batch`.
+        box: As in `normal_batch`.
+        copies: As in `normal_batch`.
+        out: As in `normal_batch`, without the leading dimension.
+        implementation: As in `normal_batch`.
 
     Returns:
         A tensor of `shape`, or of the extent of `box`; with copies `[copies, ...]`.

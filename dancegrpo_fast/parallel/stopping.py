@@ -23,6 +23,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 NO, SOON, NOW = 0, 1, 2  # Go on; stop where nothing is lost; the grace period is over.
 
 
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Inside, every signal is a KeyboardInterrupt: while loading there is nothing to save yet."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class StopRequested(Exception):
     """All processes leave the run here."""
 

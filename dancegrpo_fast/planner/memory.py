@@ -15,6 +15,7 @@ from dancegrpo_fast.planner.network import Networks
 from dancegrpo_fast.planner.tracing import without_storage
 from dancegrpo_fast.planner.work import Work
 from dancegrpo_fast.rewards import REWARDS
+from dancegrpo_fast.updating import old_log_prob_mode
 
 PHASES = ("embed", "rollout", "decode", "score", "train", "step", "save")
 _MASTER = 4  # Trained weights, gradients, each Adam moment and the average are float32.
@@ -70,25 +71,35 @@ def memory_of(
     found.unknown += unknown
     if resident_rewards:
         resident["rewards"] = resident_rewards
-    during = resident | {
-        "conditions": config.data.prompts_per_iteration * _condition_bytes(family),
-        "trajectories": work.stored * latent,
+    fixed = resident | {
+        "conditions": config.data.prompts_per_iteration * _condition_bytes(family)
     }
+    stored = {"trajectories": float(work.stored * latent)}
+    outputs = float(work.outputs * math.prod(family.latent_shape) * _output_width(family))
+    old = {"old outputs": outputs} if outputs else {}
+    clip = config.model.frames * 3 * config.model.height * config.model.width * 4
+    look = {} if cuda else {"sample to look at": float(clip)}
+    during = fixed | stored | old | look
+    if config.rollout.redraw:  # The most is drawn with the first scores known.
+        drawing, scoring = during, fixed | look | {"trajectories": float(work.decoded * latent)}
+    else:
+        known = old if old_log_prob_mode(config) == "rollout" else {}
+        drawing = fixed | stored | known
+        scoring = drawing | look
     encoders, absent = networks.encoder_bytes()
     if absent:
         found.unknown.append(f"encoders without a config.json: {', '.join(absent)}")
     vae = networks.vae_bytes()
     batch = min(config.rollout.batch_size, work.samples)
-    pixels = batch * config.model.frames * 3 * config.model.height * config.model.width * 4
     decoding = networks.decode(batch, cuda=cuda).forward_peak
     step = float(trained_elements(networks, shards) * _MASTER)
     if not cuda:  # One parameter after the other, with two buffers of its size.
         step = 2 * _MASTER * max(n.largest for n in networks.networks.values()) / shards
     found.phases = {
         "embed": resident | {"encoders": encoders, "VAE": vae},
-        "rollout": during | _rollout(config, networks, work, sharded, latent, cuda),
-        "decode": during | {"VAE": vae, "activations": decoding},
-        "score": during | {"rewards on loan": brought, "pixels": pixels},
+        "rollout": drawing | _rollout(config, networks, work, sharded, latent, cuda),
+        "decode": scoring | {"VAE": vae, "activations": decoding},
+        "score": scoring | {"rewards on loan": brought, "pixels": float(batch * clip)},
         "train": during | _train(config, networks, work, found, shards, processes, latent, cuda),
         "step": during
         | {"gradients": _gradients(config, networks, shards, processes), "temporary": step},
@@ -101,6 +112,12 @@ def memory_of(
     elif config.checkpoint.background:
         found.phases["save"]["copy being written"] = copied
     return found
+
+
+def _output_width(family: Family) -> int:
+    """Bytes of an element of `Family.model_output`: guidance is combined in float32."""
+    guided = any(scale != 1 for scale in family.guidance.values())
+    return 4 if guided else family.dtype.itemsize
 
 
 def trained_elements(networks: Networks, shards: int = 1) -> int:

@@ -238,7 +238,12 @@ class Networks:
 
 
 def known_family(config: RunConfig) -> None:
-    """Refuse a family whose inputs are not known here."""
+    """Refuse a family whose inputs are not known here, and losses whose calls are not."""
+    if config.loss.kind != "policy_gradient":
+        raise UserError(
+            f"loss.kind = {config.loss.kind!r}: `plan --gpus` knows the work of policy gradients "
+            "only; plan without --gpus prints the tree"
+        )
     if config.model.family not in TEXT:
         raise UserError(
             f"model.family = {config.model.family!r}: `plan --gpus` knows the inputs of our own "

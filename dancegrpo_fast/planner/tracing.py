@@ -29,6 +29,8 @@ from torch.utils.flop_counter import (
     shape_wrapper,
 )
 
+from dancegrpo_fast.planner.convolutions import transient_bytes
+
 CPU = torch.device("cpu")
 _KEPT = 2  # Equal blocks that are run; one more of a kind shows what one of them adds.
 
@@ -98,15 +100,19 @@ class Counter(TorchDispatchMode):
     The formulas are torch's; its `FlopCounterMode` also follows modules, and with checkpointing
     what it holds on to is kept alive.
 
+    Args:
+        convolutions: Count what the CPU's convolutions need while they run.
+
     Attributes:
         now: Bytes alive.
         peak: Most bytes that were alive.
         flops: Of products, two for a multiplication with its addition.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, convolutions: bool = False) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self._convolutions = convolutions
         self.flops = 0.0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -120,6 +126,10 @@ class Counter(TorchDispatchMode):
         formula = _FORMULAS.get(function._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        if self._convolutions and function is torch.ops.aten.convolution.default:
+            x, weight, _, stride, _, dilation, transposed, _, groups = args
+            held = transient_bytes(x, weight, stride, dilation, transposed, groups, result)
+            self.peak = max(self.peak, self.now + held)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())
@@ -228,7 +238,7 @@ def _backward(
 
 @contextmanager
 def _counting(cuda: bool) -> Iterator[Counter]:
-    with _CudaAutocast() if cuda else nullcontext(), Counter() as count:
+    with _CudaAutocast() if cuda else nullcontext(), Counter(convolutions=not cuda) as count:
         yield count
 
 

@@ -148,7 +148,7 @@ def _fsdp(
     # A reference that is a copy is never gathered for a rollout: outside its blocks it stays whole.
     twice = sum(calls) if reference else 0
     if parallel.gather_rollout:
-        rollout = outside + blocks if name in work.rollout else Received()
+        rollout = (outside + blocks) * work.gathers.get(name, 0)
         # FSDP2 leaves what lies outside blocks whole after a forward until it is told otherwise,
         # as the end of a rollout does: it is gathered again in every forward and backward.
         update = (outside + blocks) * (2 * sum(calls) + recomputed)
@@ -187,4 +187,4 @@ def _deepspeed(
         return Received(), trained * reduces + trained * steps
     whole = mesh.of_all(network.stored())
     forwards = 2 * calls + len(work.recomputed.get(name, [])) + (calls if reference else 0)
-    return whole * (name in work.rollout), whole * forwards + trained * calls
+    return whole * work.gathers.get(name, 0), whole * forwards + trained * calls

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dancegrpo_fast.advantages import (
-    RunningRewards,
-    best_and_worst,
-    edge_advantages,
-    leaf_advantages,
-)
+from dancegrpo_fast import pool
+from dancegrpo_fast.advantages import RunningRewards, edge_advantages, leaf_advantages
 from dancegrpo_fast.batching import Call, Update, build_updates, leaf_owners, micro_batches
 from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.models import Family
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.roles import Role
-from dancegrpo_fast.rollout import forwards_per_step, held_states, plan_iteration
+from dancegrpo_fast.rollout import forwards_per_step, held_states, plan_iteration, steps_kept
 from dancegrpo_fast.tree import TreePlan
 from dancegrpo_fast.updating import old_log_prob_mode
 
@@ -32,24 +28,31 @@ class Work:
 
     Attributes:
         plan: The tree of every prompt.
-        rollout: Batch sizes of the forwards of a rollout without gradients.
+        rollout: Batch sizes of the forwards of a rollout without gradients, samples that are drawn
+            again included.
+        gathers: How often a rollout gathers the weights: once for each part that is drawn.
         agreed: Forwards a rollout makes where every rank must make the same number.
         training: Of each update, the batch sizes of its forwards and backwards.
         recomputed: Batch sizes of the forwards that recompute old log-probs.
         children: Most trained transitions in one forward and backward.
         stored: Latents that are kept to the end of the iteration.
-        passing: Most latents that live besides while a level is drawn.
+        decoded: Latents that are kept while samples are decoded and scored.
+        passing: Most latents that live besides the stored ones while a level is drawn.
+        outputs: Model outputs that are kept for `loss.ratio_norm`.
         samples: Samples to decode and score.
     """
 
     plan: TreePlan
     rollout: dict[str, list[int]]
+    gathers: dict[str, int]
     agreed: dict[str, int]
     training: tuple[dict[str, list[int]], ...]
     recomputed: dict[str, list[int]]
     children: int
     stored: int
+    decoded: int
     passing: int
+    outputs: int
     samples: int
 
 
@@ -68,54 +71,139 @@ def work_of(config: RunConfig, family: Family, processes: int, sp: int = 1) -> W
     except ValueError as error:
         raise UserError(str(error)) from error
     modules = family.grid.module_names(plan.schedule)
-    leaves = [(int(p), int(g)) for p, g in np.argwhere(owner == 0)]
-    held = held_states(plan, leaves)
-    rollout, stored, passing = _rollout(plan, held, modules, config.rollout.batch_size)
-    steps = forwards_per_step(plan, owner, [0] * prompts, config.rollout.batch_size)
-    agreed: Counter[str] = Counter()
-    for name, count in zip(modules, steps, strict=True):
-        agreed[name] += count
-    updates = _updates(config, plan, owner, modules, ranks)
+    updates, owner_again = _updates(config, plan, owner, modules, ranks)
     training = tuple(_batches(update.calls) for update in updates)
     recomputed: dict[str, list[int]] = {}
-    if old_log_prob_mode(config) == "recompute":
+    mode = old_log_prob_mode(config)
+    if mode == "recompute":
         for update in training[1:]:
             for name, batches in update.items():
                 recomputed.setdefault(name, []).extend(batches)
+    draws = _draws(config, plan, owner, owner_again, modules)
+    stored = draws[-1].kept if config.rollout.redraw else sum(draw.kept for draw in draws)
+    outputs = 0
+    if config.loss.ratio_norm and mode != "on_policy":
+        recomputes = sum(sum(batches) for batches in recomputed.values())
+        sources = draws[-1:] if config.rollout.redraw else draws
+        outputs = recomputes if mode == "recompute" else sum(d.sources for d in sources)
     most = max((sum(len(i.children) for i in c.items) for u in updates for c in u.calls), default=0)
     return Work(
-        plan, rollout, dict(agreed), training, recomputed, most, stored, passing,
-        -(-len(leaves) // sp),
-    )  # fmt: skip
+        plan=plan,
+        rollout=_joined(draw.forwards for draw in draws),
+        gathers=dict(Counter(name for draw in draws for name in draw.forwards)),
+        agreed=dict(sum((draw.agreed for draw in draws), Counter())),
+        training=training,
+        recomputed=recomputed,
+        children=most,
+        stored=stored,
+        decoded=max(d.kept for d in draws[:-1]) if config.rollout.redraw else stored,
+        passing=_most_alive(draws, config.rollout.redraw) - stored,
+        outputs=outputs,
+        samples=-(-int((owner == 0).sum()) // sp),
+    )
 
 
-def _rollout(
-    plan: TreePlan, held: dict[int, frozenset[int]], modules: Sequence[str], batch_size: int
-) -> tuple[dict[str, list[int]], int, int]:
-    """(forwards by network, kept latents, most others) of one process."""
-    levels: list[list[int]] = [[] for _ in range(plan.schedule.steps + 1)]
+@dataclass(frozen=True)
+class _Draw:
+    """One call of `rollout.draw_trees`.
+
+    Attributes:
+        forwards: Batch sizes by network.
+        agreed: Forwards that every rank makes, by network.
+        kept: Latents that are kept.
+        alive: Most latents alive at once, kept ones included.
+        sources: States with a trained child.
+    """
+
+    forwards: dict[str, list[int]]
+    agreed: Counter[str]
+    kept: int
+    alive: int
+    sources: int
+
+
+def _draws(
+    config: RunConfig, plan: TreePlan, owner: np.ndarray, again: np.ndarray, modules: Sequence[str]
+) -> list[_Draw]:  # fmt: skip
+    """What rank 0 draws: the parts of its samples, and those that are drawn again."""
+    rollout, batch_size = config.rollout, config.rollout.batch_size
+    # Which reward of a user's waits is not known here; a number alone is no mistake then.
+    asked = any((reward.path or "").startswith("http") for reward in config.rewards)
+    waiting = asked or rollout.chunk is not None
+    tables = [
+        (part, "samples" if rollout.redraw else "all")
+        for part in pool.chunks(rollout, owner, waiting=waiting)
+    ]
+    if rollout.redraw:
+        tables.append((again, "training"))
+    draws = []
+    for table, keep in tables:
+        leaves = [(int(p), int(g)) for p, g in np.argwhere(table == 0)]
+        steps = steps_kept(plan, keep)
+        agreed: Counter[str] = Counter()
+        most = forwards_per_step(plan, table, [0] * len(table), batch_size)
+        for name, count in zip(modules[:steps], most, strict=False):
+            agreed[name] += count
+        held = held_states(plan, leaves)
+        draws.append(_draw(plan, held, modules[:steps], batch_size, keep, agreed))
+    return draws
+
+
+def _draw(
+    plan: TreePlan, held: dict[int, frozenset[int]], modules: Sequence[str], batch_size: int,
+    keep: str, agreed: Counter[str],
+) -> _Draw:  # fmt: skip
+    steps = len(modules)
+    levels: list[list[int]] = [[] for _ in range(steps + 1)]
     for own in held.values():
         for state in own:
-            levels[plan.states[state].step].append(state)
+            if plan.states[state].step <= steps:
+                levels[plan.states[state].step].append(state)
 
-    def kept(state: int) -> bool:
+    def kept(state: int) -> bool:  # As `Trajectories.keep`.
         kids = plan.children[state]
-        return not kids or any(plan.states[s].trained for s in (state, *kids))
+        trained = any(plan.states[s].trained for s in (state, *kids))
+        return not kids or (trained and keep != "samples")
 
     forwards: dict[str, list[int]] = {}
+    most = before = 0
     for step, name in enumerate(modules):
         inner = [s for s in levels[step] if plan.children[s]]
         batches = micro_batches(inner, batch_size, lambda state: 0)
         forwards.setdefault(name, []).extend(len(batch) for batch in batches)
-    others = [sum(not kept(s) for s in level) for level in levels]
-    pairs = zip(others, [*others[1:], 0], strict=True)
-    stored = sum(kept(s) for level in levels for s in level)
-    return forwards, stored, max(a + b for a, b in pairs)
+        # A level and its children are alive, and what is kept of the levels before.
+        most = max(most, before + len(levels[step]) + len(levels[step + 1]))
+        before += sum(map(kept, levels[step]))
+    stored = [state for level in levels for state in level if kept(state)]
+    sources = [s for level in levels for s in level if _trains(plan, s)]
+    return _Draw(forwards, agreed, len(stored), most, len(sources))
+
+
+def _trains(plan: TreePlan, state: int) -> bool:
+    return any(plan.states[child].trained for child in plan.children[state])
+
+
+def _most_alive(draws: Sequence[_Draw], redraw: bool) -> int:
+    """Most latents alive in any draw; where all are kept, so are those of the draws before."""
+    most = before = 0
+    for draw in draws:
+        most = max(most, before + draw.alive)
+        before += 0 if redraw else draw.kept
+    return max(most, before)
+
+
+def _joined(parts: Iterable[dict[str, list[int]]]) -> dict[str, list[int]]:
+    whole: dict[str, list[int]] = {}
+    for part in parts:
+        for name, sizes in part.items():
+            whole.setdefault(name, []).extend(sizes)
+    return whole
 
 
 def _updates(
     config: RunConfig, plan: TreePlan, owner: np.ndarray, modules: Sequence[str], ranks: int
-) -> list[Update]:  # fmt: skip
+) -> tuple[list[Update], np.ndarray]:  # fmt: skip
+    """The update schedule of rank 0, and the rank that holds each sample for it."""
     prompts, size = owner.shape
     weights = np.array([reward.weight for reward in config.rewards])
     drawn = np.random.default_rng(0).standard_normal((prompts, size, len(weights)))
@@ -123,19 +211,19 @@ def _updates(
     advantages = leaf_advantages(
         drawn, weights, config.advantage, prompts=range(prompts), running=running
     )
-    selected, edges = advantages.valid, None
-    if config.advantage.best_of_n is not None:
-        selected = best_and_worst(advantages, config.advantage.best_of_n, config.advantage.keep)
+    selected, owner = pool.selection(config, owner, advantages)
+    edges = None
     if config.advantage.credit != "leaf":
         edges, _ = edge_advantages(plan, drawn, weights, config.advantage)
     key = NoiseKey.from_seed(config.seed).fold_in(Role.SELECTION).fold_in(0)  # As the trainer's.
-    return build_updates(
+    updates = build_updates(
         plan, advantages, selected, key=key, modules=modules, rank=0, world_size=ranks,
         owner=owner, updates=config.loss.updates,
         timestep_fraction=config.loss.timestep_fraction,
         timesteps=config.loss.timesteps, timestep_scope=config.loss.timestep_scope,
         micro_batch_size=config.loss.micro_batch_size, edge_values=edges,
     )  # fmt: skip
+    return updates, owner
 
 
 def _batches(calls: Sequence[Call]) -> dict[str, list[int]]:

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dancegrpo_fast.report.page import CurvePoint
+from dancegrpo_fast.report.chart import Point
 
 FRAMES = 5  # Shown of each clip, evenly spaced.
 
 
 def write_picture(
     path: Path,
-    curve: Sequence[CurvePoint],
+    training: Sequence[Point],
+    held_out: Sequence[Point],
+    errors: Sequence[float],
     prompts: Sequence[str],
     before: np.ndarray,
     after: np.ndarray,
@@ -24,7 +26,9 @@ def write_picture(
 
     Args:
         path: The file.
-        curve: Rewards over the run.
+        training: (iteration, mean reward).
+        held_out: The same of the evaluations.
+        errors: Standard error at each of these.
         prompts: A few prompts.
         before: [n, F, 3, H, W] uint8 clips of the base, one per prompt.
         after: The same of the trained model.
@@ -32,13 +36,9 @@ def write_picture(
     figure = Figure(figsize=(11, 0.9 * len(prompts) + 1.0), dpi=110, layout="constrained")
     grid = figure.add_gridspec(len(prompts), 3, width_ratios=(1.15, 1, 1))
     axes = figure.add_subplot(grid[:, 0])
-    training = [(p.iteration, p.training) for p in curve if p.training is not None]
-    held_out = [
-        (p.iteration, p.held_out, p.standard_error or 0.0) for p in curve if p.held_out is not None
-    ]
     axes.plot(*zip(*training, strict=True), color="#8a94a6", lw=1.2, label="training")
-    x, y, error = zip(*held_out, strict=True)
-    axes.errorbar(x, y, error, color="#2f81f7", lw=2, marker="o", capsize=4, label="held out")
+    x, y = zip(*held_out, strict=True)
+    axes.errorbar(x, y, errors, color="#2f81f7", lw=2, marker="o", capsize=4, label="held out")
     axes.set(xlabel="iteration", ylabel="mean reward")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)

@@ -1,50 +1,45 @@
-"""What a finished run amounts to: `summary.json` for programs, `report.html` for people."""
+"""What a finished run amounts to: `summary.json` for programs, `report.png` to look at."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
-from dancegrpo_fast.config import RunConfig, dump
+from dancegrpo_fast.config import RunConfig
+from dancegrpo_fast.report.audit import Finding, audit
+from dancegrpo_fast.report.curves import points
 from dancegrpo_fast.report.evaluate import Difference, Evaluation
-from dancegrpo_fast.report.metrics import gif_bytes, read_metrics
-from dancegrpo_fast.report.page import ClipPair, CurvePoint, Measure, Summary, write_page
+from dancegrpo_fast.report.metrics import read_metrics
 from dancegrpo_fast.report.picture import write_picture
-
-SHOWN = 12  # Before/after pairs on the page, spread over the held-out prompts.
+from dancegrpo_fast.report.record import spread
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A finished run.
+class HeldOutResult:
+    """The held-out prompts before and after a run.
 
     Attributes:
-        config: Its recipe.
         prompts: Held-out prompts.
         base: The untrained model on them.
         trained: The exported weights on them.
-        hashes: Of the base and of the exported weights.
-        seconds: Per stage.
-        load_lines: Python that loads the result.
+        weights: Of the rewards.
     """
 
-    config: RunConfig
     prompts: tuple[str, ...]
     base: Evaluation
     trained: Evaluation
-    hashes: dict[str, str]
-    seconds: dict[str, float]
-    load_lines: str
+    weights: tuple[float, ...]
 
     def difference(self) -> Difference:
         """Of the weighted reward."""
-        weights = [reward.weight for reward in self.config.rewards]
-        return Difference.of(self.base.total(weights), self.trained.total(weights))
+        return Difference.of(self.base.total(self.weights), self.trained.total(self.weights))
 
     def measures(self) -> dict[str, Difference]:
         """Every reward and every part of one, by name."""
@@ -57,27 +52,53 @@ class Outcome:
         }
         return {name: Difference.of(*pair) for name, pair in pairs.items()}
 
+    def summary(self) -> dict[str, Any]:
+        """Its part of `summary.json`."""
+        total = self.difference()
+        base_distance, distance = self.base.distances.mean(), self.trained.distances.mean()
+        return {
+            "reward": {**asdict(total), "gain": total.gain},
+            "prompts": len(self.prompts),
+            "seeds_per_prompt": self.base.scores.shape[1],
+            "measures": {
+                name: {**asdict(found), "gain": found.gain}
+                for name, found in self.measures().items()
+            },
+            "diversity": {
+                "base": float(base_distance),
+                "trained": float(distance),
+                "ratio": float(distance / base_distance),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        config: Its recipe.
+        hashes: Of the base and of the exported weights.
+        seconds: Per stage.
+        load_lines: Python that loads the result.
+        held_out: What was measured, if there were held-out prompts.
+    """
+
+    config: RunConfig
+    hashes: dict[str, str]
+    seconds: dict[str, float]
+    load_lines: str
+    held_out: HeldOutResult | None
+
 
 def write_summary(outcome: Outcome, folder: Path) -> Path:
     """Write `summary.json`: base, trained, standard errors, n, hashes, seconds per stage."""
-    total = outcome.difference()
-    base_distance, distance = outcome.base.distances.mean(), outcome.trained.distances.mean()
     values = {
         "seed": outcome.config.seed,
         "iterations": outcome.config.iterations,
-        "reward": {**asdict(total), "gain": total.gain},
-        "prompts": len(outcome.prompts),
-        "seeds_per_prompt": outcome.config.evaluation.seeds,
-        "measures": {
-            name: {**asdict(found), "gain": found.gain}
-            for name, found in outcome.measures().items()
-        },
-        "diversity": {
-            "base": float(base_distance),
-            "trained": float(distance),
-            "ratio": float(distance / base_distance),
-        },
+        **(outcome.held_out.summary() if outcome.held_out else {}),
         "weights_sha256": outcome.hashes,
+        "load": outcome.load_lines,
         "seconds": {name: round(seconds, 2) for name, seconds in outcome.seconds.items()},
         "software": {
             "python": platform.python_version(),
@@ -87,75 +108,48 @@ def write_summary(outcome: Outcome, folder: Path) -> Path:
         },
     }
     path = folder / "summary.json"
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
     return path
 
 
-def write_report(outcome: Outcome, folder: Path) -> Path:
-    """Write the page: curve, clips side by side, times, hashes, and how to load the result."""
-    total = outcome.difference()
-    names = [reward.name for reward in outcome.config.rewards if reward.weight]
-    measures = [
-        Measure(name, found.base, found.trained, f"difference +- {found.standard_error:.3f}")
-        for name, found in outcome.measures().items()
-    ]
-    measures.append(
-        Measure(
-            "diversity",
-            float(outcome.base.distances.mean()),
-            float(outcome.trained.distances.mean()),
-            "RMS pixel distance between the clips of two seeds",
-        )
+def write_audit(result: HeldOutResult, folder: Path) -> list[Finding]:
+    """Write `audit.json`: what an audit finds on the first seed's samples."""
+    names = result.base.names
+    found = audit(
+        torch.from_numpy(result.base.clips)[:, None],
+        torch.from_numpy(result.trained.clips)[:, None],
+        scores={
+            name: (result.base.scores[:, :1, i], result.trained.scores[:, :1, i])
+            for i, name in enumerate(names)
+        },
+        trained_on=[n for n, weight in zip(names, result.weights, strict=True) if weight],
     )
-    summary = Summary(
-        title=f"{Path(outcome.config.output).name}: GRPO on {outcome.config.model.path}",
-        reward=" + ".join(names),
-        base=total.base,
-        trained=total.trained,
-        standard_error=total.standard_error,
-        prompts=len(outcome.prompts),
-        seeds=outcome.config.evaluation.seeds,
-        config=dump(outcome.config),
-        hashes=outcome.hashes,
-        measures=measures,
-    )
-    curve = _curve(read_metrics(folder / "metrics.jsonl"))
-    few = _spread(len(outcome.prompts), 4)
-    prompts = [outcome.prompts[p] for p in few]
-    clips = outcome.base.clips[few], outcome.trained.clips[few]
-    write_picture(folder / "report.png", curve, prompts, *clips)
-    return write_page(
-        folder, summary, curve, _pairs(outcome), outcome.seconds, outcome.load_lines
-    )
-
-
-def _curve(lines: list[dict[str, float | None]]) -> list[CurvePoint]:
-    return [
-        CurvePoint(
-            int(line["iteration"] or 0),
-            line.get("reward/mean"),
-            line.get("evaluation/reward"),
-            line.get("evaluation/standard_error"),
-        )
-        for line in lines
+    rows = [
+        asdict(finding) | {"base": _finite(finding.base), "trained": _finite(finding.trained)}
+        for finding in found
     ]
+    text = json.dumps(rows, indent=2, allow_nan=False)
+    (folder / "audit.json").write_text(text + "\n", encoding="utf-8")
+    return found
 
 
-def _pairs(outcome: Outcome) -> list[ClipPair]:
-    weights = [reward.weight for reward in outcome.config.rewards]
-    scores = [side.total(weights)[:, 0] for side in (outcome.base, outcome.trained)]
-    return [
-        ClipPair(
-            outcome.prompts[p],
-            gif_bytes(torch.from_numpy(outcome.base.clips[p]) / 255),
-            gif_bytes(torch.from_numpy(outcome.trained.clips[p]) / 255),
-            float(scores[0][p]),
-            float(scores[1][p]),
-        )
-        for p in _spread(len(outcome.prompts), SHOWN)
-    ]
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no word for the others.
 
 
-def _spread(total: int, count: int) -> np.ndarray:
-    """Up to `count` positions spread evenly over 0 .. total-1."""
-    return np.unique(np.linspace(0, total - 1, count).round().astype(int))
+def write_still(result: HeldOutResult, folder: Path) -> Path:
+    """Write `report.png`: the reward curve, and a few frames before and after."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    few = spread(len(result.prompts), 4)
+    return write_picture(
+        folder / "report.png",
+        points(lines, "reward/mean"),
+        points(lines, "evaluation/reward"),
+        [line.get("evaluation/standard_error") or 0.0
+         for line in lines if line.get("evaluation/reward") is not None],
+        [result.prompts[p] for p in few],
+        result.base.clips[few],
+        result.trained.clips[few],
+    )  # fmt: skip

@@ -7,8 +7,11 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -25,10 +28,19 @@ TOP = 20
 
 @dataclass(frozen=True)
 class Asked:
-    """One question: pictures [3, H, W] uint8 in CPU memory, then the text."""
+    """One question.
+
+    Attributes:
+        pictures: [3, H, W] uint8 in CPU memory.
+        text: After the pictures.
+        before: Text before the pictures.
+        answer: How the answer begins; the model continues it.
+    """
 
     pictures: tuple[Tensor, ...]
     text: str
+    before: str = ""
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,55 @@ class Reply:
     first: tuple[tuple[str, float], ...]
 
 
-class Chat:
+class Model(ABC):
+    """What can be asked.
+
+    Attributes:
+        cache: Replies that are kept, by pixels and text.
+        counts: Replies from the cache (`cached`), and what judges count.
+    """
+
+    cache: Cache[Reply]
+    counts: Counter[str]
+
+    def ask(self, asked: Sequence[Asked], *, log_probs: bool = False) -> list[Reply | Unanswered]:
+        """Replies in order; equal questions are asked once."""
+        keys = _keys(asked, log_probs)
+        known = {key: kept for key in keys if (kept := self.cache.get(key)) is not None}
+        new = {key: one for key, one in zip(keys, asked, strict=True) if key not in known}
+        self.counts["cached"] += len(asked) - len(new)
+        answers: dict[bytes, Reply | Unanswered] = {**known}
+        found = self.answers(list(new.values()), log_probs)
+        for key, answer in zip(new, found, strict=True):
+            answers[key] = answer
+            if isinstance(answer, Reply):
+                self.cache.put(key, answer)
+        return [answers[key] for key in keys]
+
+    @abstractmethod
+    def answers(self, asked: Sequence[Asked], log_probs: bool) -> Sequence[Reply | Unanswered]:
+        """Replies to questions that all differ; `log_probs` wants the first token's only."""
+
+
+def _keys(asked: Sequence[Asked], log_probs: bool) -> list[bytes]:
+    """Of the pixels, not of encoded pictures: encoding is what a hit saves."""
+
+    @lru_cache(maxsize=256)  # Many questions may be about the same pictures.
+    def pixels(picture: Tensor) -> bytes:
+        shape = str(tuple(picture.shape)).encode("ascii")
+        return hashlib.sha256(shape + picture.contiguous().numpy().tobytes()).digest()
+
+    keys = []
+    for one in asked:
+        text = json.dumps([one.text, one.before, one.answer, log_probs])
+        digest = hashlib.sha256(text.encode("ascii"))
+        for picture in one.pictures:
+            digest.update(pixels(picture))
+        keys.append(digest.digest())
+    return keys
+
+
+class Chat(Model):
     """A model behind one server or several.
 
     Args:
@@ -73,53 +133,48 @@ class Chat:
     ) -> None:
         roots = [url.rstrip("/").removesuffix("/v1") for url in urls]
         self.pool = Pool(roots, read_token(token_file), seconds, concurrency)
-        self.cache = Cache[Reply](cache)
+        self.cache, self.counts = Cache[Reply](cache), self.pool.counts
         self.model, self.image, self.max_tokens = model, image, max_tokens
 
-    def ask(self, asked: Sequence[Asked], *, log_probs: bool = False) -> list[Reply | Unanswered]:
-        """Replies in order; equal questions are asked once."""
-        keys = [self._key(one, log_probs) for one in asked]
-        known = {key: kept for key in keys if (kept := self.cache.get(key)) is not None}
-        new = {key: one for key, one in zip(keys, asked, strict=True) if key not in known}
-        self.pool.counts["cached"] += len(asked) - len(new)
-        questions = [self._question(one, log_probs) for one in new.values()]
-        found = self.pool.ask(questions)
-        answers: dict[bytes, Reply | Unanswered] = {**known}
-        for key, answer in zip(new, found, strict=True):
-            answers[key] = answer
-            if isinstance(answer, Reply):
-                self.cache.put(key, answer)
-        return [answers[key] for key in keys]
+    def answers(self, asked: Sequence[Asked], log_probs: bool) -> Sequence[Reply | Unanswered]:
+        """See `Model.answers`."""
+        # A picture that many questions show is encoded once; the newest are kept.
+        encode = lru_cache(maxsize=256)(lambda picture: data_url(picture, self.image))
+        return self.pool.ask([self._question(one, log_probs, encode) for one in asked])
 
-    def _key(self, asked: Asked, log_probs: bool) -> bytes:
-        """Of the pixels, not of the encoded picture: encoding is what a hit saves."""
-        digest = hashlib.sha256(json.dumps([asked.text, log_probs]).encode("ascii"))
-        for picture in asked.pictures:
-            digest.update(str(tuple(picture.shape)).encode("ascii"))
-            digest.update(picture.contiguous().numpy().data)
-        return digest.digest()
-
-    def _question(self, asked: Asked, log_probs: bool) -> Question[Reply]:
+    def _question(
+        self, asked: Asked, log_probs: bool, encode: Callable[[Tensor], str]
+    ) -> Question[Reply]:
         def body(seconds: float) -> bytes:
-            return json.dumps(self._fields(asked, log_probs)).encode("ascii")
+            return json.dumps(self._fields(asked, log_probs, encode)).encode("ascii")
 
         return Question("/v1/chat/completions", body, lambda text: read(text, log_probs))
 
-    def _fields(self, asked: Asked, log_probs: bool) -> dict[str, Any]:
-        """The request; the pictures come before the text, as these models were trained."""
+    def _fields(
+        self, asked: Asked, log_probs: bool, encode: Callable[[Tensor], str]
+    ) -> dict[str, Any]:
+        """The request."""
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": data_url(picture, self.image)}}
+            {"type": "image_url", "image_url": {"url": encode(picture)}}
             for picture in asked.pictures
         ]
-        content.append({"type": "text", "text": asked.text})
+        if asked.before:
+            content.insert(0, {"type": "text", "text": asked.before})
+        if asked.text:
+            content.append({"type": "text", "text": asked.text})
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if asked.answer:
+            messages.append({"role": "assistant", "content": asked.answer})
         fields = {
             "model": self.model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": messages,
             # Said explicitly: servers take other defaults from the model's own configuration.
             "temperature": 0,
             "seed": 0,
             "max_tokens": 1 if log_probs else self.max_tokens,
         }
+        if asked.answer:  # As vLLM and SGLang name it.
+            fields |= {"continue_final_message": True, "add_generation_prompt": False}
         return fields | ({"logprobs": True, "top_logprobs": TOP} if log_probs else {})
 
 
@@ -156,27 +211,35 @@ def read(answer: bytes, log_probs: bool) -> Reply:
     return Reply(text, pairs)
 
 
-def yes_probability(first: Sequence[tuple[str, float]]) -> tuple[float, bool] | None:
-    """P(yes) / (P(yes) + P(no)) of the first token, over the ways to write either.
+def shares(
+    first: Sequence[tuple[str, float]], words: Sequence[str]
+) -> tuple[list[float], bool] | None:
+    """How the first token's probability is divided among some words, over the ways to write each.
 
     A word that is not among the likeliest tokens is less likely than the last of them: it gets
     that one's probability, a bound and no zero.
 
     Returns:
-        The probability, and whether a word was missing; None if both were.
+        The words' shares, whose sum is 1, and whether a word was missing; None if all were.
     """
-    sums: dict[str, list[float]] = {"yes": [], "no": []}
+    sums: dict[str, list[float]] = {word: [] for word in words}
     for token, log_probability in first:
         # Byte-level vocabularies write a space as one of these.
         word = token.strip(" \t\n.,!\u0120\u2581").lower()
         if word in sums:
             sums[word].append(math.exp(log_probability))
-    if not sums["yes"] and not sums["no"]:
+    if not any(sums.values()):
         return None
-    missed = not (sums["yes"] and sums["no"])
     floor = math.exp(min(log_probability for _, log_probability in first))
-    yes, no = (sum(sums[word]) if sums[word] else floor for word in ("yes", "no"))
-    return (yes / (yes + no), missed) if yes + no > 0 else None
+    values = [sum(found) if found else floor for found in sums.values()]
+    total = sum(values)
+    return ([value / total for value in values], not all(sums.values())) if total > 0 else None
+
+
+def yes_probability(first: Sequence[tuple[str, float]]) -> tuple[float, bool] | None:
+    """P(yes) / (P(yes) + P(no)) of the first token, and whether one was missing; see `shares`."""
+    found = shares(first, ("yes", "no"))
+    return None if found is None else (found[0][0], found[1])
 
 
 def pictures_of(samples: Samples, frames: int) -> tuple[list[tuple[Tensor, ...]], dict[int, str]]:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dancegrpo_fast.rewards.interface import (
     HasParts,
-    Placeable,
     Reward,
     SampleReward,
     Samples,
@@ -40,6 +39,17 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class Movable(Protocol):
+    """A reward or judge with weights; see `Placeable`."""
+
+    offload: bool
+
+    def place(self, device: torch.device | str) -> object:
+        """Move the weights."""
+        ...
+
+
 class _Wrapped(SampleReward):
     """Keeps the inner reward's name and place."""
 
@@ -52,7 +62,7 @@ class _Wrapped(SampleReward):
     def place(self, device: torch.device | str) -> None:
         """See `Placeable.place`."""
         self.device = torch.device(device)
-        if isinstance(self._placed, Placeable):
+        if isinstance(self._placed, Movable):
             self._placed.place(device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -9,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dancegrpo_fast.rewards.clip import BatchSize, Dtype
-from dancegrpo_fast.rewards.interface import FrameReward, WithWeights
+from dancegrpo_fast.rewards.interface import FrameReward, Samples, Scored, WithWeights
 from dancegrpo_fast.rewards.preprocess import resize_uint8, to_uint8
-from dancegrpo_fast.rewards.qwen import load_reader, smart_size
+from dancegrpo_fast.rewards.qwen import load_reader, smart_size, unfit
 from dancegrpo_fast.rewards.templates import HPSV3, fill, load_template
 from dancegrpo_fast.rewards.weights import DTYPES, State, build, need_file, read_state
 
@@ -63,6 +64,15 @@ class Hps3(WithWeights, FrameReward):
     def modules(self) -> list[nn.Module]:
         """See `WithWeights.modules`."""
         return [self.reader.model, self.head]
+
+    @torch.no_grad()
+    def score(self, samples: Samples) -> Scored:
+        """See `SampleReward.score`; a prompt that the model cannot read costs no other sample."""
+        errors = unfit(self.reader.tokenizer, samples.prompts)
+        prompts = ["" if i in errors else prompt for i, prompt in enumerate(samples.prompts)]
+        scored = super().score(replace(samples, prompts=prompts))
+        known = {i: why for i, why in enumerate(scored.errors) if why}
+        return Scored.of(scored.values, known | errors)
 
     def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
         """See `FrameReward.score_images`."""

@@ -10,16 +10,18 @@ from __future__ import annotations
 import logging
 import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from dancegrpo_fast.rewards.chat import Asked, Chat, Reply, pictures_of
+from dancegrpo_fast.rewards.chat import Asked, Chat, Model, Reply, pictures_of
 from dancegrpo_fast.rewards.interface import SampleReward, Samples, Scored
 from dancegrpo_fast.rewards.remote import Count, Seconds
 from dancegrpo_fast.rewards.transport import Unanswered
+from dancegrpo_fast.rewards.weights import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,10 @@ NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 
 
 class Settings(BaseModel):
-    """Options that every judge takes, beside its own."""
+    """Options that every judge takes, beside its own.
+
+    The first six are for servers, `dtype` and `batch_size` for a model in this process.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -42,25 +47,33 @@ class Settings(BaseModel):
     """Longest time for one batch."""
     concurrency: Count = 32
     """Requests at once."""
-    cache: Annotated[int, Field(ge=0)] = 4096
-    """Replies that are kept, by pixels and text."""
     image: Literal["png", "jpeg"] = "png"
     """How pictures are sent; jpeg has quality 95."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the weights."""
+    batch_size: Count = 4
+    """Questions at once."""
+    cache: Annotated[int, Field(ge=0)] = 4096
+    """Replies that are kept, by pixels and text."""
     frames: Count = 8
     """Most pictures of a video."""
     max_tokens: Count = 1024
     """Of a reply; a chain of thought that is cut off is no answer."""
 
 
+_SERVERS = {"model", "others", "token_file", "seconds", "concurrency", "image"}
+_HERE = {"dtype", "batch_size"}
+
+
 class Judge:
-    """A model behind a server.
+    """A model behind a server, or of a folder in this process.
 
     Args:
-        path: Address of a server.
+        path: Address of a server, or a folder.
         settings: Those of `Settings` that are not the default.
 
     Raises:
-        ValueError: A setting that does not exist, or a value it cannot have.
+        ValueError: A setting that does not exist or has no effect, or a value it cannot have.
     """
 
     name: str
@@ -74,11 +87,26 @@ class Judge:
             more = known if first["type"] == "extra_forbidden" else ""
             raise ValueError(f"options.{first['loc'][0]}: {first['msg']}{more}") from None
         self.frames = given.frames
-        self.chat = Chat(
-            [path, *given.others], given.model, token_file=given.token_file, seconds=given.seconds,
-            concurrency=given.concurrency, cache=given.cache, image=given.image,
-            max_tokens=given.max_tokens,
+        served = is_address(path)
+        if idle := sorted(given.model_fields_set & (_HERE if served else _SERVERS)):
+            where = "a server" if served else "a model in this process"
+            raise ValueError(f"options.{idle[0]}: has no effect on {where}; leave it out")
+        self.chat = _served(path, given) if served else self._local(path, given)
+
+    def _local(self, path: str, given: Settings) -> Model:
+        from dancegrpo_fast.rewards.chat_local import LocalChat
+
+        if not Path(path).is_dir():
+            raise ValueError(
+                f"path = {path!r}: is neither an address such as http://127.0.0.1:8000 nor a folder"
+            )
+        chat = LocalChat(
+            path, cache=given.cache, max_tokens=given.max_tokens, batch_size=given.batch_size,
+            dtype=DTYPES[given.dtype],
         )  # fmt: skip
+        # Only with these it is `Movable`: behind a server there are no weights to move.
+        self.offload, self.place = False, chat.model.to
+        return chat
 
     def text(self, prompt: str, kind: str) -> str:
         """What is asked about samples of a prompt; `kind` is image or video."""
@@ -132,6 +160,24 @@ class Pairs(Judge):
             if isinstance(reply, Reply):
                 won[i] = self.first_wins(reply.text)
         return won
+
+
+def is_address(path: str) -> bool:
+    """Of a server; anything else is a folder."""
+    return path.startswith(("http://", "https://"))
+
+
+def with_model(path: str, model: str) -> dict[str, Any]:
+    """The setting of a judge's usual name on its server."""
+    return {"model": model} if is_address(path) else {}
+
+
+def _served(path: str, given: Settings) -> Chat:
+    return Chat(
+        [path, *given.others], given.model, token_file=given.token_file, seconds=given.seconds,
+        concurrency=given.concurrency, cache=given.cache, image=given.image,
+        max_tokens=given.max_tokens,
+    )  # fmt: skip
 
 
 def kind_of(samples: Samples) -> str:

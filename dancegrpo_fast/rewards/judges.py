@@ -28,7 +28,7 @@ class JudgeScore(Points):
     """Any model that follows instructions rates the sample, 0 to 10.
 
     Args:
-        path: Address of a server.
+        path: Address of a server, or a folder.
         question: Instead of ours; with `{prompt}`, and a reply that ends in "Score: X".
         **settings: See `judge.Settings`.
     """
@@ -53,7 +53,7 @@ class JudgePair(Pairs):
     """Any model that follows instructions says which of two samples is better.
 
     Args:
-        path: Address of a server.
+        path: Address of a server, or a folder.
         question: Instead of ours; with `{prompt}`, and a reply with <answer>1, 2 or tie</answer>.
         **settings: See `judge.Settings`.
     """
@@ -82,7 +82,7 @@ class YesProbability(Judge, SampleReward):
     metadata, in both orders: (P(yes | sample, reference) + 1 - P(yes | reference, sample)) / 2.
 
     Args:
-        path: Address of a server.
+        path: Address of a server, or a folder.
         criterion: What is asked, as one sentence.
         references: Folder of the reference pictures.
         **settings: See `judge.Settings`.
@@ -145,7 +145,7 @@ class YesProbability(Judge, SampleReward):
                 floored += missed
                 found.setdefault(i, []).append(1 - probability if turned else probability)
         if floored:
-            self.chat.pool.counts["floored"] += floored
+            self.chat.counts["floored"] += floored
             logger.warning("%s: yes or no not among the likeliest tokens of %d of %d replies: "
                            "bounded from above", self.name, floored, len(asked))  # fmt: skip
         values = torch.tensor([sum(v) / len(v) if (v := found.get(i)) else math.nan

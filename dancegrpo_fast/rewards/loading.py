@@ -16,6 +16,7 @@ from dancegrpo_fast.config import RewardConfig, UserError
 from dancegrpo_fast.rewards.catalogue import REWARDS
 from dancegrpo_fast.rewards.combine import (
     Judge,
+    Movable,
     OnFrames,
     Part,
     SharedParts,
@@ -23,18 +24,29 @@ from dancegrpo_fast.rewards.combine import (
     WinRate,
 )
 from dancegrpo_fast.rewards.interface import HasParts, Placeable, Reward
+from dancegrpo_fast.rewards.transport import Pool
 
 _OPTIONS = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 def load_rewards(
-    configs: Sequence[RewardConfig], device: torch.device | str = "cpu"
+    configs: Sequence[RewardConfig],
+    device: torch.device | str = "cpu",
+    *,
+    timeout_seconds: float | None = None,
 ) -> list[Reward]:
     """The rewards a recipe names, their weights on the device (or in CPU memory with `offload`).
 
+    Args:
+        configs: Of the recipe.
+        device: For the weights.
+        timeout_seconds: How long the run's processes wait for each other; a reward that may wait
+            as long for its server would end the run instead of failing its samples.
+
     Raises:
         UserError: One line per problem: a name that is neither one of ours nor an existing
-            `file.py:ClassName`, options that the reward does not take, weights that do not load.
+            `file.py:ClassName`, options that the reward does not take, weights that do not load,
+            a deadline that is too long.
     """
     found: list[tuple[Callable[..., Any], dict[str, Any], str | None]] = []
     lines: list[str] = []
@@ -53,9 +65,15 @@ def load_rewards(
             rewards.append(_combined(Part(shared[key], part), config))
             continue
         inner = _built(make, given, config, field)
-        if config.offload and not isinstance(inner, Placeable):
+        longest = deadline(inner)
+        if timeout_seconds is not None and longest is not None and longest >= timeout_seconds:
+            raise UserError(
+                f"{field}.options.seconds = {longest:g}: must be below parallel.timeout_seconds = "
+                f"{timeout_seconds:g}, or the other processes give up first; lower it"
+            )
+        if config.offload and not isinstance(inner, Movable):
             raise UserError(f"{field}.offload = true: {config.name} has no weights; leave it out")
-        if isinstance(inner, Placeable) and not config.offload:
+        if isinstance(inner, Movable) and not config.offload:
             inner.place(device)
         if part is not None:
             assert isinstance(inner, HasParts)  # _find has looked the part up.
@@ -63,6 +81,12 @@ def load_rewards(
             inner = Part(shared[key], part)
         rewards.append(_combined(inner, config))
     return rewards
+
+
+def deadline(reward: Any) -> float | None:
+    """Seconds that one call of a reward waits for its server; None for one in this process."""
+    pool = getattr(getattr(reward, "chat", reward), "pool", None)
+    return pool.seconds if isinstance(pool, Pool) else None
 
 
 def arguments(make: Callable[..., Any], config: RewardConfig, field: str) -> dict[str, Any]:

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Losses that `pair_loss` knows.
+LOSSES = ("bt", "ties", "soft", "uncertain")
+
 
 def bradley_terry(better: Tensor, worse: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """-log sigmoid(better - worse - margin).
@@ -114,6 +117,45 @@ def yes_or_no(logits: Tensor, outcome: Tensor, yes: Sequence[int], no: Sequence[
     log_p = logits.log_softmax(dim=1)
     says_yes, says_no = (log_p[:, list(words)].logsumexp(dim=1) for words in (yes, no))
     return -(outcome * says_yes + (1 - outcome) * says_no).mean()
+
+
+def pair_loss(name: str, first: Tensor, second: Tensor, label: Tensor) -> Tensor:
+    """One of `LOSSES`; `bt` and `uncertain` leave ties out.
+
+    Args:
+        name: Which.
+        first: [B, outputs]: a score, and for `uncertain` the log of its standard deviation.
+        second: [B, outputs].
+        label: [B], 1 where the first is better, 0 where the second is, 0.5 for a tie.
+    """
+    if name == "soft":
+        both = torch.stack([first[:, 0], second[:, 0]], dim=1)
+        return soft_labels(both, torch.stack([label, 1 - label], dim=1))
+    if name == "ties":
+        return bradley_terry_ties(first[:, 0] - second[:, 0], label)
+    chosen = label != 0.5
+    turned = (label < 0.5)[chosen, None]
+    first, second = first[chosen], second[chosen]
+    better, worse = torch.where(turned, second, first), torch.where(turned, first, second)
+    if not len(better):
+        return 0.0 * first.sum()  # A batch of ties alone; the mean of nothing would be NaN.
+    if name == "bt":
+        return bradley_terry(better[:, 0], worse[:, 0])
+    return uncertain_bradley_terry(better[:, 0], worse[:, 0], better[:, 1], worse[:, 1])
+
+
+def stranger_loss(own: Tensor, strangers: Tensor) -> Tensor:
+    """Bradley-Terry for: what was drawn for a prompt is better than what was drawn for another.
+
+    Samples of one prompt have much in common (the demo's all have the right colour), so comparing
+    them says nothing about it, and a policy could lose it unpunished.
+
+    Args:
+        own: [B] scores.
+        strangers: [B] of other prompts' samples; NaN where there is none.
+    """
+    there = ~strangers.isnan()
+    return bradley_terry(own[there], strangers[there]) if there.any() else 0.0 * own.sum()
 
 
 def agreement(difference: Tensor, outcome: Tensor, bins: int = 10) -> tuple[float, float]:

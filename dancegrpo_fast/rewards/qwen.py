@@ -74,6 +74,20 @@ def patches(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return ordered.reshape(t * h * w, 3 * FRAMES * PATCH * PATCH), (t, h, w)
 
 
+def unfit(tokenizer: Any, prompts: Sequence[str]) -> dict[int, str]:
+    """Prompts that hold a token of the model's own, such as `<|im_end|>`, by position.
+
+    It would be read as a picture, as the end of the question or as a place to score. Other added
+    tokens, such as `<think>`, steer nothing and stand in official questions.
+    """
+    own = sorted(token for token in tokenizer.get_added_vocab() if token.startswith("<|"))
+    return {
+        i: f"the prompt holds {found}, a token of the model's own"
+        for i, prompt in enumerate(prompts)
+        if (found := next((token for token in own if token in prompt), None)) is not None
+    }
+
+
 def chat(tokens: str, text: str) -> str:
     """Qwen's chat template for one user message: pictures first, then text, then the answer."""
     return (
@@ -106,8 +120,7 @@ class QwenReader:
             video: Fill in Qwen's video token instead of its image token.
 
         Raises:
-            ValueError: A text that does not hold each reward token exactly once, in order, such
-                as a prompt that itself contains one.
+            ValueError: A text that does not hold each reward token exactly once, in order.
         """
         device = self.model.device
         pad = "<|video_pad|>" if video else "<|image_pad|>"
@@ -128,7 +141,7 @@ class QwenReader:
             ids[where].view_as(wanted), wanted
         ):
             names = " ".join(self.tokenizer.convert_ids_to_tokens(self.reward_ids))
-            raise ValueError(f"a prompt must not contain the reward tokens {names}")
+            raise ValueError(f"a text must hold the reward tokens {names} once each, in order")
         kind = "_videos" if video else ""
         seen = {
             f"pixel_values{kind}": torch.cat(pixels).to(self.model.dtype),

@@ -94,12 +94,12 @@ def load_source(template: Template, file: str | Path | None = None) -> str:
 
 
 def constant(source: str, name: str) -> str:
-    """The string that a module assigns to a name; implicit concatenation is one string.
+    """The string that is assigned to a name, the outermost first; implicit concatenation is one.
 
     Raises:
         ValueError: No such assignment of a plain string.
     """
-    for node in ast.parse(source).body:
+    for node in ast.walk(ast.parse(source)):  # Breadth first: the module's own come first.
         if isinstance(node, ast.Assign) and any(
             isinstance(target, ast.Name) and target.id == name for target in node.targets
         ):

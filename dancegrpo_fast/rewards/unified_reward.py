@@ -15,7 +15,7 @@ class UnifiedReward(Points):
     """UnifiedReward's scores (arXiv 2503.05236) of images or videos, 1 to 5.
 
     Args:
-        path: Address of a server.
+        path: Address of a server, or a folder.
         version: `2` rates alignment, coherence (of videos physics) and style; `1` gives one score.
         part: One of version 2's ratings, or their mean.
         template: The authors' file; fetched if null.
@@ -60,7 +60,7 @@ class UnifiedPair(Pairs):
     """UnifiedReward's comparison of two images (videos: version 1).
 
     Args:
-        path: Address of a server.
+        path: Address of a server, or a folder.
         version: `2` shares 1 between the two on three measures; the mean counts. `1` names one.
         template: The authors' file; fetched if null.
         **settings: See `judge.Settings`.
@@ -96,7 +96,7 @@ class UnifiedThink(Pairs):
     """UnifiedReward-Think (arXiv 2505.03318): a comparison after a chain of thought.
 
     Args:
-        path: Address of a server.
+        path: Address of a server, or a folder.
         version: `2` is the Qwen3-VL model, which also knows videos; `1` the Qwen2.5-VL one.
         template: The authors' file; fetched if null.
         **settings: See `judge.Settings`.

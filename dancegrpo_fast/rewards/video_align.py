@@ -18,7 +18,7 @@ from dancegrpo_fast.config import UserError
 from dancegrpo_fast.rewards.clip import BatchSize, Dtype
 from dancegrpo_fast.rewards.interface import PartsReward, Samples, WithWeights, checked_pixels
 from dancegrpo_fast.rewards.preprocess import resize_float, to_uint8
-from dancegrpo_fast.rewards.qwen import load_reader, smart_size
+from dancegrpo_fast.rewards.qwen import load_reader, smart_size, unfit
 from dancegrpo_fast.rewards.templates import VIDEO_REWARD, fill, load_template
 from dancegrpo_fast.rewards.weights import DTYPES, State, build, need_file, read_json, read_state
 
@@ -127,10 +127,12 @@ class VideoAlign(WithWeights, PartsReward):
             )
         chosen = frame_positions(samples.videos.shape[1], fps, self.wanted_fps)
         videos, errors = checked_pixels(samples.videos[:, chosen])
+        errors = errors | unfit(self.reader.tokenizer, samples.prompts)
+        prompts = ["" if i in errors else prompt for i, prompt in enumerate(samples.prompts)]
         rows = []
         for start in range(0, len(videos), self.batch_size):
             stop = min(start + self.batch_size, len(videos))
-            texts = [fill(self.text, prompt) for prompt in samples.prompts[start:stop]]
+            texts = [fill(self.text, prompt) for prompt in prompts[start:stop]]
             pictures = [self._resized(video) for video in videos[start:stop]]
             rows.append(self._read(pictures, texts).cpu())
         raw = torch.cat(rows) if rows else torch.zeros(0, len(PARTS))

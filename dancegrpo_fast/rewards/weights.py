@@ -145,3 +145,25 @@ def build(make: Callable[[], _Model], state: Mapping[str, Tensor], dtype: torch.
         raise ValueError(f"the weights do not fit {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(dict(state), strict=True)
     return module.to(dtype).eval().requires_grad_(False)
+
+
+def from_folder(kind: Any, source: str, dtype: torch.dtype) -> Any:
+    """transformers' `kind.from_pretrained`, frozen, with every weight found and none left over.
+
+    Unlike `build` it reads checkpoints of several files and old names of the class's own.
+
+    Raises:
+        ValueError: Weights that do not fit; the message names some.
+    """
+    model, found = kind.from_pretrained(
+        source, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    problems = []
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, found.get(what) or ())):
+            problems.append(f"{len(names)} {what.replace('_', ' ')} ({names[0]}, ...)")
+    if problems:
+        raise ValueError(
+            f"the weights of {source!r} do not fit {kind.__name__}: {'; '.join(problems)}"
+        )
+    return model.eval().requires_grad_(False)

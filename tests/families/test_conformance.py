@@ -22,6 +22,7 @@ from tiny_models import CPU
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.models import FAMILIES, export, load_lines
 from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.verification import STOCK
 
 CASES: list[Case] = [
     case
@@ -35,7 +36,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[case.name for case in CASES])
+def verifies(case: Case) -> pytest.MarkDecorator:
+    family = "custom_family" if ".py:" in case.family else case.family
+    return pytest.mark.verifies(f"family:{family}", STOCK)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=verifies(case), id=case.name) for case in CASES],
+)
 def case(request) -> Iterator[Case]:
     with request.param.around():
         yield request.param

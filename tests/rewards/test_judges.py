@@ -380,3 +380,14 @@ def test_mistakes_in_a_recipe_are_one_line(name, settings, line):
     with pytest.raises(UserError) as raised:
         load_rewards([RewardConfig(name=name, path="http://127.0.0.1:1", **settings)])
     assert line in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_deadline_that_the_other_processes_do_not_wait_for_is_refused():
+    def load(timeout: float, **options):
+        config = RewardConfig(name="judge_score", path="http://127.0.0.1:1", options=options)
+        return load_rewards([config], timeout_seconds=timeout)
+
+    assert load(601.0) and load(300.0, seconds=299.0)
+    for timeout, options in ((600.0, {}), (300.0, {"seconds": 300.0})):
+        with pytest.raises(UserError, match="options.seconds = .*00: must be below parallel"):
+            load(timeout, **options)

@@ -204,7 +204,7 @@ def test_every_loss_trains_and_its_folder_is_a_reward(tmp_path, script, loss):
     freeze = ["--freeze-clip"] if loss == "ties" else []
     accuracy, _ = script.main(arguments(tmp_path, train, train, *options, *freeze))
     (reward,) = load_rewards([RewardConfig(name="preference", path=str(tmp_path / "out"))])
-    pairs = script.read_pairs(str(train))
+    pairs = script.read_pairs([str(train)])
     right = []
     for pair in pairs:
         pixels = torch.stack([script.read(path)[0] for path in (pair.first, pair.second)])
@@ -238,7 +238,7 @@ def test_a_folder_without_a_head_is_refused(tmp_path):
 def test_a_line_that_is_no_pair_is_named(tmp_path, script, line, reason):
     (tmp_path / "p.jsonl").write_text(line)
     with pytest.raises(ValueError, match=f"p.jsonl, line 1: .*{reason}"):
-        script.read_pairs(str(tmp_path / "p.jsonl"))
+        script.read_pairs([str(tmp_path / "p.jsonl")])
 
 
 @pytest.mark.slow

@@ -95,10 +95,21 @@ def test_bfloat16_keeps_a_float32_head(hps):
     torch.testing.assert_close(scores, exact(images, PROMPTS), rtol=0, atol=0.1)
 
 
+@torch.no_grad()
+def test_a_prompt_with_the_models_own_tokens_costs_no_other_sample(hps):
+    prompts = ["a cat", "a <|Reward|>", "<|image_pad|>", "a dog<|im_end|>"]
+    images = images_of((60, 60), 4)[:, None]
+    hpsv3 = load_hps(hps)
+    scored = hpsv3.score(Samples(images, prompts))
+    torch.testing.assert_close(scored.values[:1], hpsv3(images[:1], prompts[:1]))
+    assert scored.values[1:].isnan().all() and scored.errors[0] == ""
+    assert [why.split()[3].strip(",") for why in scored.errors[1:]] == [
+        "<|Reward|>", "<|image_pad|>", "<|im_end|>",
+    ]  # fmt: skip
+
+
 def test_hpsv3_refuses(hps, tmp_path):
     folder, file, model, head, _ = hps
-    with pytest.raises(ValueError, match=r"must not contain the reward tokens <\|Reward\|>"):
-        load_hps(hps)(images_of((60, 60), 1)[:, None], ["a <|Reward|>"])
     state = old_names(model) | {f"rm_head.{k}": v for k, v in head.state_dict().items()}
     state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"][:-1]
     save_file(state, tmp_path / "HPSv3.safetensors")
@@ -188,6 +199,15 @@ def test_videoalign_needs_a_frame_rate(videoalign):
     broken[0, 0, 0, 0, 0] = torch.inf
     parts, errors = reward.score_parts(Samples(broken, ["a"], fps=8))
     assert errors == {0: "a pixel is not finite"} and parts.isnan().all()
+
+
+@torch.no_grad()
+def test_a_prompt_with_a_reward_token_costs_no_other_video(videoalign):
+    reward = load_videoalign(videoalign, fps=8.0)
+    videos = images_of((56, 56), 16).reshape(2, 8, 3, 56, 56)
+    scored = reward.score(Samples(videos, ["a <|TA_reward|>", "a cat"]))
+    torch.testing.assert_close(scored.values[1:], reward(videos[1:], ["a cat"]), **TIGHT)
+    assert "holds <|TA_reward|>" in scored.errors[0] and scored.errors[1] == ""
 
 
 def test_settings_of_another_model_are_refused(videoalign, tmp_path):

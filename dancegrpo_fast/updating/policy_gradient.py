@@ -1,16 +1,15 @@
-"""The update phase of an iteration: micro-batches, the ratio gate, optimizer steps."""
+"""The update phase of the policy gradient: micro-batches, the ratio gate, optimizer steps."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dancegrpo_fast.batching import Update
-from dancegrpo_fast.config import RunConfig, UserError
+from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.losses.gate import (
     ForwardSettings,
     RatioGate,
@@ -20,33 +19,26 @@ from dancegrpo_fast.losses.gate import (
     gap_report,
 )
 from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss, recompute
+from dancegrpo_fast.losses.step_ratios import StepRatios
 from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.ops import POLICY_METRICS
 from dancegrpo_fast.parallel.engine import Engine
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
+from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.trajectories import Fan, Trajectories
-
-logger = logging.getLogger(__name__)
-MAX_SKIPPED = 3  # Updates in a row without a finite gradient before the run gives up.
+from dancegrpo_fast.updating.stepping import Stepping
 
 
-class Updater:
-    """Turns an update schedule into optimizer steps.
-
-    Attributes:
-        skipped: Updates in a row that had no finite gradient.
-        skipped_total: All such updates of the run.
-    """
+class Updater(Stepping):
+    """Turns an update schedule into optimizer steps of the policy gradient."""
 
     def __init__(
         self, config: RunConfig, family: Family, policy: Policy, engine: Engine, world: World
     ) -> None:
-        self.config, self.family, self.policy = config, family, policy
-        self.engine, self.world = engine, world
+        super().__init__(config, family, policy, engine, world)
         self.mode = old_log_prob_mode(config)
-        self.skipped = self.skipped_total = 0
 
     def run(
         self,
@@ -56,21 +48,35 @@ class Updater:
         reward_weights: np.ndarray,
         sampled_with: ForwardSettings,
         progress: Callable[[int], object] = lambda count: None,
+        *,
+        iteration: int = 0,
+        prompts: Sequence[Prompt] = (),
     ) -> dict[str, float]:
-        """Run every update; the ratio gate stands before the first optimizer step."""
+        """Run every update; the ratio gate stands before the first optimizer step.
+
+        Args:
+            updates: The update schedule of this rank.
+            drawn: What this rank drew.
+            conditions: Of all prompts of the iteration.
+            reward_weights: [C] of the separately clipped objectives.
+            sampled_with: The settings of the rollout's forwards.
+            progress: Called with 1 after each call.
+            iteration: Counted from 0; not read here.
+            prompts: Of the iteration; not read here.
+        """
         gate = RatioGate(drawn.plan.schedule.steps, self.world.device)
         old, outputs = self._old_policy(updates, drawn, conditions, gate)
         totals = torch.zeros(len(POLICY_METRICS), dtype=torch.float64, device=self.world.device)
         metrics: dict[str, float] = {}
         norms: list[float] = []
+        loss = self.config.loss.model_copy(update={"kl_weight": self.kl_weight})
+        ratios = StepRatios(drawn.plan.schedule.steps, loss.clip_range, self.world.device)
         for position, update in enumerate(updates):
             for number, call in enumerate(update.calls):
-                following = update.calls[number + 1 :]
-                last = not any(later.module == call.module for later in following)
-                with self.engine.call(call.module, last) as module:
+                with self.engine.call(call.module, self.last(update, number)) as module:
                     result = policy_gradient_loss(
                         call, drawn, conditions, self.family, self.policy, module,
-                        self.config.loss,
+                        loss,
                         divisor=update.divisor,
                         reward_weights=reward_weights,
                         old_log_prob=old[position][number],
@@ -79,6 +85,7 @@ class Updater:
                     self.engine.backward(call.module, result.loss)
                 if self.world.speaks:
                     totals += result.metrics
+                    ratios.record(call, drawn, result.log_prob, old[position][number])
                 if position == 0:
                     gate.record(call, drawn, result.log_prob)
                 progress(1)
@@ -86,10 +93,10 @@ class Updater:
                 metrics |= self._pass_gate(gate, drawn, conditions, sampled_with)
             norms += self._step(update)
         self.world.all_reduce(totals, "sum")
-        metrics["update/grad_norm"] = float(np.mean(norms)) if norms else 0.0
-        metrics["update/skipped"] = float(self.skipped)
-        metrics["update/skipped_total"] = float(self.skipped_total)
-        return metrics | _means(totals, self.config.loss.ratio_norm)
+        means = _means(totals, loss.ratio_norm)
+        if self.mode != "on_policy" and not loss.ratio_norm:  # Where 1, and another ratio's.
+            means |= ratios.metrics(self.world.all_reduce)
+        return metrics | self.step_metrics(norms) | means | self.steer(means["policy/kl"])
 
     def _old_policy(
         self, updates: list[Update], drawn: Trajectories, conditions: Conditions, gate: RatioGate
@@ -145,31 +152,6 @@ class Updater:
             now = forward_settings(self.family, self.policy, batch_size=size)
             raise gap_report(largest, limit, self.mode, sampled_with, now, explanation)
         return {"gate/max_gap": float(largest.max()), "gate/mean_gap": float(mean.max())}
-
-    def _step(self, update: Update) -> list[float]:
-        """Clip and step every trained module unless a gradient is not finite; returns norms."""
-        norms = [self.engine.clip_grad_norm(name) for name in update.modules]
-        if np.isfinite(norms).all():
-            self.skipped = 0
-            for name in update.modules:
-                self.engine.step(name)
-            if update.modules:
-                self.policy.update_ema()
-        else:
-            # The norms are those of the summed gradients: every rank takes this branch together.
-            self.skipped += 1
-            self.skipped_total += 1
-            if self.world.is_main:
-                logger.warning("gradient norm %s is not finite: update skipped", norms)
-            if self.skipped >= MAX_SKIPPED:
-                raise UserError(
-                    f"optimizer.learning_rate = {self.config.optimizer.learning_rate}: "
-                    f"{MAX_SKIPPED} updates in a row had no finite gradient; lower the learning "
-                    "rate or optimizer.max_grad_norm, and resume from the last snapshot"
-                )
-        for name in update.modules:
-            self.engine.clear(name)
-        return norms
 
 
 def old_log_prob_mode(config: RunConfig) -> str:

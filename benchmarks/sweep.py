@@ -1,0 +1,85 @@
+"""Which settings are fastest for a model on this machine: attention, recomputation, compile, batch.
+
+    python benchmarks/sweep.py                      a small Wan on the CPU
+    python benchmarks/sweep.py --model flux         FLUX.1-dev's size, random weights, one GPU
+    ... --batches 1,2,4 --json PATH
+
+Every setting runs the same iteration (the first ones are compared, as in throughput.py); what does
+not fit or is refused is listed with its reason. Prints the settings from fastest to slowest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import timing
+import torch
+from throughput import LEVERS, MODELS, PUBLIC, WINDOW, Subject
+
+from dancegrpo_fast.config import UserError
+from dancegrpo_fast.parallel.world import World
+
+OURS = replace(PUBLIC, **{k: v for change in LEVERS.values() for k, v in change.items()})
+
+
+def main() -> None:
+    parser = timing.arguments(__doc__)
+    parser.add_argument("--model", choices=tuple(MODELS))
+    parser.add_argument("--batches", default="1,4,12", help="states per call, comma separated")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    name = args.model or ("sd15" if cuda else "small_wan")
+    grid = itertools.product(
+        ("default", "cudnn", "flash", "flash_3", "xformers") if cuda else ("default",),
+        ("none", "selective", "full"),
+        (False, True) if cuda and args.full else (False,),
+        [int(size) for size in args.batches.split(",")],
+    )
+    world, rows, refused, first = World.from_environment(), [], [], None
+    for attention, checkpointing, compiled, batch in grid:
+        setting = f"attention {attention}, {checkpointing}, compile {compiled}, batch {batch}"
+        rung = replace(OURS, name=setting, checkpointing=checkpointing, compile=compiled)
+        model = MODELS[name] | {"batch": batch, "attention": attention}
+        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(MODELS, {name: model}):
+            try:
+                subject = Subject(name, rung, Path(folder), world, **WINDOW)
+                for _ in range(args.rounds + 1):
+                    subject.iteration()
+            except (UserError, torch.cuda.OutOfMemoryError) as error:
+                refused.append((setting, str(error).splitlines()[0][:100]))
+                continue
+        found = subject.found
+        first = first or found
+        apart = abs(found["norm"] - first["norm"]) / first["norm"]
+        row: dict[str, Any] = {
+            "attention": attention, "checkpointing": checkpointing, "compile": compiled,
+            "batch": batch, "seconds": subject.median("sample", "update"),
+            "gradient_norm_apart": apart,
+        }  # fmt: skip
+        rows.append(row)
+        print(f"{setting}: {row['seconds']:.2f} s")
+    rows.sort(key=lambda row: row["seconds"])
+    environment = timing.environment(args.device)
+    print(timing.headline(environment))
+    timing.print_table(
+        ("attention", "recomputed", "compile", "batch", "s", "gradient norm apart"),
+        [
+            (r["attention"], r["checkpointing"], r["compile"], r["batch"], f"{r['seconds']:.2f}",
+             f"{r['gradient_norm_apart']:.1e}")
+            for r in rows
+        ],
+    )  # fmt: skip
+    for setting, why in refused:
+        print(f"not run: {setting}: {why}")
+    result = {"environment": environment, "model": name, "rows": rows, "refused": refused}
+    timing.write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
