@@ -228,7 +228,7 @@ class Trainer:
     def hand_over(self, drawn: Trajectories) -> None:
         """Decode samples that are new, and score them or have it begun."""
         self.stopping.ask(until=SOON)
-        with self.bar("score", self.scoring.due(drawn)) as bar:
+        with self.bar("score", self.scoring.due(drawn)) as bar, self.family.vae():
             self.scoring.add(drawn, bar.update)
 
     def score(self, drawn: Trajectories, prompts: Sequence[Prompt]) -> np.ndarray:

@@ -41,7 +41,8 @@ CASES: dict[str, tuple[dict[str, Any], list[list[float]] | None]] = {
     ),
     # Three of process 0's and the last of process 1's, which owes calls that it has no samples for.
     "uneven": (
-        {"data.prompts_per_iteration": 1, "rollout.chunk": 1, "advantage.best_of_n": 4},
+        {"data.prompts_per_iteration": 1, "rollout.chunk": 1, "advantage.best_of_n": 4,
+         "loss.micro_batch_size": 1},
         [[3.0, -3.0, 2.0, 0.1, 0.2, -2.0]],
     ),
     # Kept, and scored in the thread while the next prompt is drawn: parts of 6 and 3 samples.

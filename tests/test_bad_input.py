@@ -46,7 +46,7 @@ def refused(capsys, *arguments: str) -> list[str]:
         # unknown key, wrong type, out of range
         ("rollout.grup_size=3", "rollout.grup_size = 3", "did you mean rollout.group_size?"),
         ("iterations=many", "iterations = 'many'", "must be a whole number"),
-        ("rollout.noise_level=0", "rollout.noise_level = 0", "must be greater than 0"),
+        ("rollout.noise_level=0", "rollout.noise_level = 0", "needs noise"),
         # fields that do not fit each other
         (
             "rollout.group_size=1",
