@@ -103,6 +103,7 @@ def draw_trees(
     latent_dtype: str = "float32",
     keep: Literal["all", "samples", "training"] = "all",
     keep_outputs: bool = False,
+    offload: bool = False,
     forwards: Sequence[int] | None = None,
     progress: Callable[[int], object] = lambda count: None,
     at_step: Callable[[], object] = lambda: None,
@@ -123,6 +124,7 @@ def draw_trees(
         keep: What is stored: the final latents (`samples`), what training reads (`training`, which
             ends with the last trained step), or both.
         keep_outputs: Store the model's output at states with a trained child.
+        offload: Keep what is stored in host memory.
         forwards: [steps] forwards that every rank makes at each step (`forwards_per_step`); a rank
             with fewer repeats its last. None: each makes what it needs.
         progress: Called with the number of states after each forward.
@@ -132,7 +134,7 @@ def draw_trees(
     held = held_states(plan, leaves)
     keys = {p: key.fold_in(p) for p in held}
     names = family.grid.module_names(plan.schedule)
-    drawn = Trajectories(plan, coefficients, leaves)
+    drawn = Trajectories(plan, coefficients, leaves, device=family.device if offload else None)
     kinds = conditions.kinds
     front = _draw_roots(family, plan, held, keys, conditions, DTYPES[latent_dtype])
     histories = _Histories(drawn, family.action_box)
@@ -163,7 +165,7 @@ def draw_trees(
             for row, place in enumerate(batch):
                 kids = plan.children[place[1]]
                 if keep_outputs and any(plan.states[kid].trained for kid in kids):
-                    drawn.outputs[place] = output[row]
+                    drawn.keep_output(place, output[row])
                 if second_order:
                     histories.step(place, latents[row], output[row], following)
             progress(len(batch))

@@ -212,6 +212,7 @@ class Trainer:
                 latent_dtype=rollout.latent_dtype,
                 keep=keep,
                 keep_outputs=self.config.loss.ratio_norm and self.updater.mode == "rollout",
+                offload=rollout.offload,
                 forwards=forwards,
                 progress=bar.update,
                 # Drawing again is part of the update phase, which is finished if time allows.

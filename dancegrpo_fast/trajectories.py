@@ -28,6 +28,8 @@ class Trajectories:
         log_prob: Log-prob (0-d) of every stochastic edge drawn here, as the rollout saw it.
         outputs: Model outputs [C, F, H, W] at states with a trained child, where they are asked
             for.
+        device: Where latents and outputs are wanted, while they are stored in host memory; None:
+            they stay where they are made.
     """
 
     plan: TreePlan
@@ -36,10 +38,26 @@ class Trajectories:
     latents: dict[Place, Tensor] = field(default_factory=dict)
     log_prob: dict[Place, Tensor] = field(default_factory=dict)
     outputs: dict[Place, Tensor] = field(default_factory=dict)
+    device: torch.device | None = None
 
     def stack(self, places: Sequence[Place]) -> Tensor:
         """Stored latents [n, C, F, H, W] of some states."""
-        return torch.stack([self.latents[place] for place in places])
+        return self._back([self.latents[place] for place in places])
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        """A tensor as it waits for training."""
+        if self.device is None:
+            return tensor
+        pinned = self.device.type == "cuda"
+        host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+        return host.copy_(tensor, non_blocking=True)
+
+    def _back(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Stored tensors, stacked where they are wanted."""
+        if self.device is not None:
+            # Before they are stacked: the host must not read a copy that is still under way.
+            tensors = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+        return torch.stack(list(tensors))
 
     def samples(self, leaves: Sequence[tuple[int, int]] | None = None) -> Tensor:
         """Final latents [n, C, F, H, W] of some of this rank's leaves; None: of all."""
@@ -54,7 +72,11 @@ class Trajectories:
             kids = self.plan.children[index]
             trained = any(self.plan.states[s].trained for s in (index, *kids))
             if not kids or (trained and not samples_only):
-                self.latents[p, index] = latents
+                self.latents[p, index] = self._stored(latents)
+
+    def keep_output(self, place: Place, output: Tensor) -> None:
+        """Store the model's output at a state."""
+        self.outputs[place] = self._stored(output)
 
     def joined(self, other: Trajectories) -> Trajectories:
         """These and those of other prompts; what was drawn a second time stays as it was first."""
@@ -65,6 +87,7 @@ class Trajectories:
             other.latents | self.latents,
             other.log_prob | self.log_prob,
             other.outputs | self.outputs,
+            self.device,
         )
 
     def recorded_log_prob(self, edges: Sequence[Place]) -> Tensor:
@@ -73,7 +96,7 @@ class Trajectories:
 
     def recorded_output(self, places: Sequence[Place]) -> Tensor:
         """[n, C, F, H, W] model output that the rollout recorded at some states."""
-        return torch.stack([self.outputs[place] for place in places])
+        return self._back([self.outputs[place] for place in places])
 
     def edge_coefficients(self, edges: Sequence[Place]) -> Tensor:
         """[n, 8] coefficients of some edges."""

@@ -161,6 +161,8 @@ class RolloutConfig(Section):
     chunk: int | None = Field(default=None, ge=1)
     """Samples that a process draws before it scores them, whole prompts unless `redraw`; null is
     all, or `batch_size` where a reward waits for a server and can be asked meanwhile."""
+    offload: bool = False
+    """Keep the latents that wait for training in host memory; for GPUs."""
     redraw: bool = False
     """`best_of_n`: keep the rewards only, and draw the chosen samples again from their noise."""
     tree: TreeConfig = TreeConfig()

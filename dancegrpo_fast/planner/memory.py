@@ -76,12 +76,16 @@ def memory_of(
     }
     stored = {"trajectories": float(work.stored * latent)}
     outputs = float(work.outputs * math.prod(family.latent_shape) * _output_width(family))
+    if cuda and config.rollout.offload:
+        found.host += stored["trajectories"] + outputs
+        stored, outputs = {"trajectories": 0.0}, 0.0
     old = {"old outputs": outputs} if outputs else {}
     clip = config.model.frames * 3 * config.model.height * config.model.width * 4
     look = {} if cuda else {"sample to look at": float(clip)}
     during = fixed | stored | old | look
+    decoded = {"trajectories": float(work.decoded * latent)}
     if config.rollout.redraw:  # The most is drawn with the first scores known.
-        drawing, scoring = during, fixed | look | {"trajectories": float(work.decoded * latent)}
+        drawing, scoring = during, fixed | look | decoded
     else:
         known = old if old_log_prob_mode(config) == "rollout" else {}
         drawing = fixed | stored | known
