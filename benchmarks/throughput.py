@@ -440,6 +440,7 @@ def main() -> None:
     parser = timing.arguments(__doc__)
     parser.add_argument("--model", choices=tuple(MODELS), action="append")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tree", action="store_true", help="only the branching tree")
     parser.add_argument("--scaling", action="store_true", help="time against G, steps, sizes")
     args = parser.parse_args()
     cuda = args.device == "cuda"
@@ -454,11 +455,14 @@ def main() -> None:
             continue
         started = time.perf_counter()
         window = {} if name == "hunyuan" else WINDOW
-        results.append(measure(name, ladder(compiled=cuda and args.full), args.rounds, **window))
-        show(results[-1])
+        if not args.tree:
+            rungs = ladder(compiled=cuda and args.full)
+            results.append(measure(name, rungs, args.rounds, **window))
+            show(results[-1])
         if not cuda:
-            pair = [PUBLIC, ladder(compiled=False)[len(LEVERS)]]
-            results.append(measure(name, pair, args.rounds, **TREE))
+            rungs = ladder(compiled=False)
+            tree = [PUBLIC, rungs[2], rungs[len(LEVERS)]]
+            results.append(measure(name, tree, args.rounds, **TREE))
             show(results[-1])
         print(f"{time.perf_counter() - started:.0f} s")
     timing.write_json(args.json, {"environment": environment, "results": results})

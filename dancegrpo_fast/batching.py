@@ -50,6 +50,11 @@ class Call:
     module: str
     items: tuple[Item, ...]
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing in it has weight: this rank owes the others the call, and no gradient."""
+        return not any(item.weights.any() for item in self.items)
+
 
 @dataclass(frozen=True, slots=True)
 class Update:

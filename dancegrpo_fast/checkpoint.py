@@ -28,11 +28,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from dancegrpo_fast.config import CheckpointConfig, UserError
+from dancegrpo_fast.parallel.reading import Reader
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
 
 logger = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
+PATTERN = "iteration-" + "[0-9]" * 6  # Folders of snapshots, and no copies of them.
 
 
 @dataclass
@@ -111,11 +113,14 @@ class Saver:
 
     Attributes:
         failures: Snapshots that could not be written.
+        newest: Iteration of the newest that was written, or that the run went on from; None at
+            first. Equal on all processes, which a look at the disk need not be.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig, world: World) -> None:
         self.folder, self.config, self.world = folder, config, world
         self.failures = 0
+        self.newest: int | None = None
         # Its own group: a snapshot's exchanges must not meet those of the next iteration.
         self._group = world.side_group()
         self._thread = ThreadPoolExecutor(1, "snapshot")
@@ -164,6 +169,8 @@ class Saver:
         self._pending = None
         if problem := ending.result():
             self._fail(snapshot, temporary, problem)
+        else:
+            self.newest = snapshot.iteration
 
     def _end(self, snapshot: Snapshot, temporary: Path, written: Any, problem: str) -> str:
         """Wait for the files and make a snapshot of them; what went wrong, on all processes."""
@@ -216,9 +223,9 @@ class Saver:
         temporary.rename(final)
         _flush(self.folder)
         every = self.config.keep_every
-        passing = [
-            path for path in _complete(self.folder) if not every or _iteration_of(path) % every
-        ]
+        # Later ones are damaged, or the run would have gone on from them: they count for nothing.
+        upto = [p for p in _complete(self.folder) if _iteration_of(p) <= snapshot.iteration]
+        passing = [path for path in upto if not every or _iteration_of(path) % every]
         for old in passing[: -self.config.keep]:
             shutil.rmtree(old)
 
@@ -308,7 +315,8 @@ def load_one(candidate: Path, tensors: Collected, world: World) -> Snapshot:
 def _read(
     candidate: Path, manifest: dict[str, Any], tensors: Collected, world: World
 ) -> Snapshot:
-    metadata = dcp.FileSystemReader(str(candidate)).read_metadata().state_dict_metadata
+    reader = Reader(str(candidate))
+    metadata = reader.read_metadata().state_dict_metadata
     stored = {name: getattr(entry, "size", None) for name, entry in metadata.items()}
     own = {name: tensor.shape for name, tensor in tensors.items()}
     if differing := sorted(n for n in stored | own if stored.get(n) != own.get(n)):
@@ -319,7 +327,7 @@ def _read(
         )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a.*")
-        dcp.load(tensors, checkpoint_id=str(candidate), no_dist=world.size == 1)
+        dcp.load(tensors, storage_reader=reader, no_dist=world.size == 1)
     tensors.put_back()
     return Snapshot(manifest["iteration"], tensors, manifest["extra"])
 
@@ -346,7 +354,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob(f"iteration-??????/{_MANIFEST}"))
+    return sorted(path.parent for path in folder.glob(f"{PATTERN}/{_MANIFEST}"))
 
 
 def _newest_before(iteration: int, folder: Path, world: World) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,12 @@ from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.models import open_family
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.report.audit import TRAITS, TRAITS_VERSION, Finding, findings, traits
+from dancegrpo_fast.report.evaluate import not_finite, stays_on_cpu
 from dancegrpo_fast.report.store import Asked, Store, digest, initial_latents, reward_digest
 from dancegrpo_fast.rewards import Samples, load_rewards, placed
 from dancegrpo_fast.rewards.scoring import attempt
+
+logger = logging.getLogger(__name__)
 
 Job = tuple[int, int]  # Position of a prompt, and a seed.
 
@@ -114,9 +119,17 @@ class Evaluating:
                 prompts = [asked.prompt for asked, _ in jobs]
                 pixels = family.draw(pipeline, prompts, latents, self._steps(model))
                 videos = (pixels * 255).round().clamp(0, 255).to("cpu", torch.uint8)
-                for job, video in zip(batch, videos, strict=True):
+                bad = not_finite(pixels).tolist()
+                for job, video, broken in zip(batch, videos, bad, strict=True):
                     file = self._file(model, name, job)
                     if not file.is_file():
+                        if broken:  # Noted first: a file that is there is taken for sound.
+                            self.store.add({self._broken(name, job): 1.0})
+                            text = self.asked[job[0]].prompt.text
+                            logger.warning(
+                                "%s, seed %d of %r: has no score: pixels are not finite",
+                                model.name, job[1], text,
+                            )  # fmt: skip
                         self.store.write(file, video, model.config.model.fps or 16)
                         drawn += 1
                 bar.update(len(batch))
@@ -131,6 +144,10 @@ class Evaluating:
     def _sample(self, name: str, job: Job) -> str:
         return self.store.sample(name, self.asked[job[0]].drawn, self.root, job[1])
 
+    def _broken(self, name: str, job: Job) -> str:
+        """Name of the note that a sample had pixels that were no numbers: it has no score."""
+        return f"not finite {self._sample(name, job)}"
+
     def _file(self, model: Model, name: str, job: Job) -> Path:
         return self.store.file(name, self._sample(name, job), model.config.model.frames)
 
@@ -143,7 +160,7 @@ class Evaluating:
 
     def score(self) -> int:
         """Score what is missing; returns how many scores that were, over all processes."""
-        self.world.barrier()  # Samples of other processes are read below, where groups are scored.
+        self._meet()  # Samples of other processes are read below, where groups are scored.
         found = 0
         for r, config in enumerate(self.rewards):
             missing = self._missing(r)
@@ -172,19 +189,23 @@ class Evaluating:
         if getattr(reward, "groupwise", False):
             self.store.add({self._groupwise(r): 1.0})
             missing = self._missing(r)
+        device = "cpu" if stays_on_cpu(reward) else self.world.device
         found = 0
         total = sum(len(batch) for _, batch in missing)
         with placed([reward], self.world.device), self._bar(reward.name, total) as bar:
             for m, batch in missing:
                 prompts = [self.asked[p].prompt for p, _ in batch]
                 samples = Samples(
-                    self.videos(m, batch),
+                    self.videos(m, batch).to(device),
                     [prompt.text for prompt in prompts],
                     self.models[m].config.model.fps,
                     [prompt.metadata for prompt in prompts],
                     [p for p, _ in batch],
                 )
                 values = attempt(reward, samples).values.tolist()
+                for row, job in enumerate(batch):
+                    if self._broken(self.ids[m], job) in self.store.values:
+                        values[row] = math.nan
                 names = [self._score_name(m, r, job) for job in batch]
                 self.store.add(dict(zip(names, values, strict=True)))
                 found += len(batch)

@@ -76,6 +76,18 @@ class HeldOut:
                 found = self._evaluate(trainer, f"iteration {trainer.done}")
             self._log(trainer, log, found)
 
+    def missed(self, trainer: Trainer, log: RunLog) -> None:
+        """Make the evaluation at the snapshot a resumed run stands at, if a kill prevented it."""
+        every, done = self.config.evaluation.every, trainer.done
+        if every is None or not done or done % every or done >= self.config.iterations:
+            return
+        scores = Path(self.config.output) / "evaluations" / f"{done:06d}" / "scores.json"
+        # One process looks for all: what a folder lists may differ between machines for a while.
+        absent = torch.tensor(int(trainer.world.is_main and not scores.is_file()))
+        trainer.world.all_reduce(absent, "max")
+        if absent:
+            self.now(trainer, log)
+
     def report(self, trainer: Trainer, log: RunLog, final: Path) -> Path | None:
         """Evaluate the end and write summary and report; `final` is the exported pipeline."""
         result = None

@@ -61,6 +61,8 @@ def train(
                 resume = True  # Also of a run that began at a named snapshot: it has gone on since.
             run = _Run(config, world, lock, resume or restarts > 0, fresh_is_fine=restarts > 0)
             run.profile.number = profile if world.is_main else None
+            if world.is_main and profile is not None and profile <= run.trainer.done:
+                logger.warning("--profile %d: that iteration is behind the snapshot", profile)
             if restarts and world.is_main:
                 done = run.trainer.done
                 logger.warning("torchrun restart %d: going on after iteration %d", restarts, done)
@@ -168,6 +170,7 @@ class _Run:
         trainer = self.trainer
         with self.log, logging_redirect_tqdm():
             self.held_out.untrained(trainer, self.log)
+            self.held_out.missed(trainer, self.log)
             self._iterate()
             trainer.stopping.settle()
             final = self.folder / "final"
@@ -230,12 +233,12 @@ class _Run:
         trainer = self.trainer
         trainer.stopping.settle()
         trainer.saver.finish()
-        if trainer.current != "update" and trainer.done not in trainer.saved_iterations()[-1:]:
+        if trainer.current != "update" and trainer.done != trainer.saver.newest:
             trainer.save()
             trainer.saver.finish()
-        saved = trainer.saved_iterations()
+        newest = trainer.saver.newest
         why = trainer.stopping.told_by or "another process's signal"
-        if not saved:
+        if newest is None:
             return (
                 f"{self.folder}: interrupted by {why} before a snapshot; --resume latest starts "
                 "again"
@@ -247,7 +250,7 @@ class _Run:
         )
         return (
             f"{self.folder}: interrupted by {why} after {trainer.done} iterations{late}; the "
-            f"newest snapshot holds {saved[-1]}; continue with --resume latest"
+            f"newest snapshot holds {newest}; continue with --resume latest"
         )
 
     def _log_iteration(self, metrics: dict[str, float]) -> None:

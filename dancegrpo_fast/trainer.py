@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -197,7 +197,7 @@ class Trainer:
         forwards = None
         if self.engine.rollout_calls_agree:
             forwards = forwards_per_step(plan, owner, conditions.kinds, rollout.batch_size)
-        networks = nullcontext(self.engine.modules) if forwards else self.engine.gathered()
+        networks = self.engine.by_forward() if forwards else self.engine.gathered()
         with self.updater.sampling(), self.bar("sample", count) as bar, networks as modules:
             return draw_trees(
                 self.family,
@@ -335,13 +335,13 @@ class Trainer:
 
     def saved_iterations(self) -> list[int]:
         """Iterations of the snapshots there are, damaged or not, in order."""
-        folders = self.snapshots.glob("iteration-??????")
+        folders = self.snapshots.glob(checkpoint.PATTERN)
         return sorted(int(folder.name.removeprefix("iteration-")) for folder in folders)
 
     @staticmethod
     def has_snapshots(config: RunConfig) -> bool:
         """Whether the run's folder holds any."""
-        return any((Path(config.output) / "snapshots").glob("iteration-??????"))
+        return any((Path(config.output) / "snapshots").glob(checkpoint.PATTERN))
 
     def save(self) -> None:
         """Begin to write a snapshot of the last finished iteration; `saver.finish` waits for it."""
@@ -366,13 +366,14 @@ class Trainer:
         if snapshot is None:
             return False
         self.done = snapshot.iteration
+        if named is None:
+            self.saver.newest = self.done
         self.policy.ema_updates = snapshot.extra["ema_updates"]
         self.updater.restore(snapshot.extra["updater"])
         self.seconds = snapshot.extra["seconds"]
         self.draws.state = snapshot.extra.get("draws", self.draws.state)  # Older ones have none.
-        self.running.history = {
-            int(p): np.array(h, dtype=np.float64) for p, h in snapshot.extra["running"].items()
-        }
+        running = snapshot.extra["running"]  # Lists are empty where all samples failed.
+        self.running.history = {int(p): np.array(h, np.float64) for p, h in running.items() if h}
         return True
 
     @contextmanager

@@ -63,7 +63,7 @@ class Trajectories:
         """Final latents [n, C, F, H, W] of some of this rank's leaves; None: of all."""
         chosen = self.leaves if leaves is None else leaves
         if not chosen:  # A rank of a sequence-parallel group with more ranks than samples.
-            return torch.empty(0)
+            return torch.empty(0, device=self.coefficients.device)
         return self.stack([(p, self.plan.leaves[g]) for p, g in chosen])
 
     def keep(self, front: dict[Place, Tensor], *, samples_only: bool = False) -> None:
@@ -101,6 +101,14 @@ class Trajectories:
     def edge_coefficients(self, edges: Sequence[Place]) -> Tensor:
         """[n, 8] coefficients of some edges."""
         return self.coefficients[[child for _, child in edges]]
+
+
+def harmless(tensor: Tensor, call: Call) -> Tensor:
+    """A tensor that a loss reads; of an idle call without NaN and infinities, as 0 x NaN is NaN.
+
+    A rank all of whose samples failed has nothing else to make its idle calls with.
+    """
+    return tensor if not call.idle else tensor.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,12 @@ def prepare(target: Path, root: Path = ROOT) -> list[str]:
     Args:
         target: Gets `mkdocs.yml`, `docs/`, and the package, which the API page is made from.
         root: The project.
+
+    Raises:
+        ValueError: The folder holds the project.
     """
+    if root.resolve().is_relative_to(target.resolve()):
+        raise ValueError(f"FOLDER = {target}: is emptied, and holds the project; name another")
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(root / "docs", target / "docs")
     shutil.copy(root / "mkdocs.yml", target)

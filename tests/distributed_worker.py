@@ -95,6 +95,10 @@ CASES |= {
            "rollout.group_size": 5, "loss.timestep_fraction": 0.75, "loss.micro_batch_size": 2},
         rate=1.0,
     ),
+    # weights are gathered in every forward, and the old policy's put in place between forwards
+    "old_policy_gathering": Case(
+        CHAINS | {"loss.kind": "nft", "parallel.gather_rollout": False, "loss.updates": 2},
+    ),
     "awm": Case(
         CHAINS | {"loss.kind": "awm", "loss.old_weight": 1.0, "loss.clip_range": 0.5},
         experts=2, rate=1.0,

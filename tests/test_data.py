@@ -25,6 +25,15 @@ def test_load_keeps_order_and_repeated_lines_and_skips_blank_ones(tmp_path):
     assert prompts == ("a red square", "blue \u2028 ring", "a red square")
 
 
+def test_the_ending_counts_in_any_case_and_json_is_no_text(tmp_path):
+    """Read as text, a header or a bracket would be trained on."""
+    (tmp_path / "P.CSV").write_text("prompt,n\na cat,1\n")
+    assert PromptSet.load(tmp_path / "P.CSV").prompts == (Prompt("a cat", None, {"n": "1"}),)
+    (tmp_path / "p.json").write_text('["a cat",\n"a dog"]')
+    with pytest.raises(UserError, match=r"p.json': is JSON in one piece; give a .jsonl file"):
+        PromptSet.load(tmp_path / "p.json")
+
+
 def test_jsonl_lines_hold_images_and_what_rewards_are_told(tmp_path):
     (tmp_path / "frame.png").write_bytes(b"")
     path = tmp_path / "prompts.jsonl"

@@ -296,6 +296,8 @@ def test_a_link_out_of_docs_that_leads_nowhere_is_named(tmp_path: Path) -> None:
         site_source = importlib.import_module("site_source")
     finally:
         sys.path.remove(str(ROOT / "scripts"))
+    with pytest.raises(ValueError, match="is emptied, and holds the project"):
+        site_source.prepare(tmp_path, root)
     assert site_source.prepare(tmp_path / "out", root) == ["docs/a.md: ../recipes/two.yaml"]
     assert "(source/recipes/one.yaml.md)" in (tmp_path / "out/docs/a.md").read_text()
     assert "a: 1" in (tmp_path / "out/docs/source/recipes/one.yaml.md").read_text()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -67,6 +69,47 @@ def test_what_is_kept(tmp_path):
     one.finish()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"iteration-{i:06d}" for i in (4, 8, 10, 11)]
+
+
+def test_a_damaged_later_snapshot_takes_no_place(tmp_path):
+    """The run went back to 5 because 10 is damaged: 6 is kept, and is what the run goes on from."""
+    one = saver(tmp_path, keep=2)
+    for iteration in (5, 10):
+        one.save(snapshot(iteration))
+    one.finish()
+    assert one.newest == 10
+    file = next((tmp_path / "iteration-000010").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    shutil.copytree(tmp_path / "iteration-000005", tmp_path / "iteration-backup")  # A user's.
+    assert loaded(tmp_path)[0] == 5
+    again = saver(tmp_path, keep=1)
+    again.save(snapshot(6, 3.0))
+    again.finish()
+    assert again.newest == 6 and loaded(tmp_path) == (6, 3.0)
+
+
+class Runs:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def test_a_snapshot_of_somebody_else_runs_nothing(tmp_path, monkeypatch):
+    """torch's own reader unpickles its table; hashes say that a file is whole, not whose it is."""
+    monkeypatch.chdir(tmp_path)
+    one = saver(tmp_path)
+    one.save(snapshot(1))
+    one.finish()
+    folder = tmp_path / "iteration-000001"
+    table, manifest = folder / ".metadata", folder / "manifest.json"
+    table.write_bytes(pickle.dumps(Runs()))
+    fields = json.loads(manifest.read_text())
+    del fields["sha256"]
+    size = table.stat().st_size
+    fields["files"][".metadata"] = {"bytes": size, "sha256": checkpoint.file_hash(table)}
+    manifest.write_text(json.dumps(fields | {"sha256": checkpoint._own_digest(fields)}))
+    with pytest.raises(UserError, match=r"is not torch's \(posix.mkdir\): nothing of it was run"):
+        loaded(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_unfinished_snapshot_is_no_snapshot(tmp_path):

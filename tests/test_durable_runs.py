@@ -113,7 +113,9 @@ def test_another_mesh_goes_on_with_the_same_draws(resumed, four, alone, size):
     expected = alone["metrics"]
     assert expected["update/grad_norm"] > 1e-3 and expected["policy/ratio_deviation"] > 1e-5
     for name, value in ranks[0]["metrics"].items():
-        assert value == pytest.approx(expected[name], abs=5e-7), name
+        # An advantage divides the rewards' roundings by their deviation, here some hundredths.
+        tolerance = 1e-5 if name.startswith("advantage/") else 5e-7
+        assert value == pytest.approx(expected[name], abs=tolerance), name
 
 
 def test_signal_to_one_process_stops_both(troubled, tiny_wan_folder, tmp_path):

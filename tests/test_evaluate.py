@@ -19,6 +19,7 @@ from tiny_models import tiny_recipe
 from dancegrpo_fast import evaluating
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import RewardConfig
+from dancegrpo_fast.models import Family
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.report.compare import best_of, paired
 from dancegrpo_fast.report.comparison import Results
@@ -207,6 +208,45 @@ def test_two_processes_give_the_table_of_one(made, tmp_path):
     assert lines.keys() == {"rank-0.jsonl", "rank-1.jsonl"} and min(lines.values()) > 1
 
 
+def test_every_recipe_is_a_model(made, tmp_path):
+    """Also the second one, which was dropped without a word."""
+    other = yaml.safe_load((made / "r.yaml").read_text())
+    other["rollout"]["steps"] += 1
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    sources = [str(made / "r.yaml"), str(tmp_path / "other.yaml")]
+    options = ["--prompts", str(made / "p.txt"), "--out", str(tmp_path / "out")]
+    assert main(["evaluate", *sources, *options, *reward(made, "Red")]) == 0
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["models"] == ["base", "other"]
+    assert not np.array_equal(array(found, "base"), array(found, "other"))
+
+
+def test_a_sample_that_is_no_number_has_no_score(made, tmp_path, monkeypatch):
+    """Its file is black, which is a fine picture to a reward."""
+    draw = Family.draw
+
+    def broken(self, pipeline, prompts, latents, steps):
+        pixels = draw(self, pipeline, prompts, latents, steps).clone()
+        for video, prompt in zip(pixels, prompts, strict=True):
+            if prompt.text == "a line":
+                video[:] = torch.nan
+        return pixels
+
+    monkeypatch.setattr(Family, "draw", broken)
+    for _ in range(2):  # The second call finds the samples on disk.
+        found = call(made, tmp_path / "out", *reward(made, "Red"), *reward(made, "Rank"))
+        for model in ("base", "run"):
+            assert np.isnan(array(found, model)[4]).all()
+            assert np.isfinite(array(found, model)[:4]).all()
+
+
+def test_prompts_without_a_group_are_no_second_total():
+    scores = np.arange(8.0).reshape(2, 4, 1, 1)
+    groups = ("", "b", "", "b")
+    found = Results("", tuple("wxyz"), groups, ("m", "n"), ("r",), scores, (), {}, {}).pairs()
+    assert [(group, told.prompts) for _, _, group, told in found] == [("", 4), ("b", 2)]
+
+
 def test_videos_and_the_audit(made, tmp_path, tiny_wan_folder, capsys):
     """A base against itself: videos on disk are the pixels, and nothing is flagged."""
     recipe = made / "video.yaml"
@@ -298,11 +338,12 @@ def test_refusals_are_one_line(made, tmp_path, capsys):
         (str(tmp_path),): "is neither a recipe nor the folder of a run",
         (str(unfinished),): "is not finished; write what it has with `dancegrpo-fast export",
         (run, "--reward", "nicest"): "no such reward",
+        (run, "--out", str(made / "p.txt")): "p.txt': is a file; name a folder",
         (run, "--reward", "{name: hpsv2, size: 3}"): "is no reward of a recipe",
         (run, *reward(made, "Red"), *reward(made, "Red")): "is given twice",
     }
     for arguments, message in cases.items():
         capsys.readouterr()
-        assert main(["evaluate", *arguments, "--prompts", prompts, "--out", out]) == 2, arguments
+        assert main(["evaluate", "--prompts", prompts, "--out", out, *arguments]) == 2, arguments
         assert message in capsys.readouterr().err, arguments
     assert not (tmp_path / "out" / "samples").exists()

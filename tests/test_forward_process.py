@@ -24,12 +24,14 @@ from dancegrpo_fast.losses.forward_process import (
     noised,
 )
 from dancegrpo_fast.models.family import evaluate
+from dancegrpo_fast.ops import policy_loss
 from dancegrpo_fast.ops.noise import NoiseKey, normal_batch
 from dancegrpo_fast.roles import Role
 from dancegrpo_fast.run import train
 from dancegrpo_fast.trainer import Trainer
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.updating.forward_process import old_decay
+from dancegrpo_fast.updating.policy_gradient import _means
 
 CHAINS = {"rollout.tree.kind": "independent_roots", "rollout.noise_level": 0}
 NFT = CHAINS | {"loss.kind": "nft", "loss.kl_weight": 0.1, "policy.train": "lora"}
@@ -416,6 +418,31 @@ def test_a_steered_kl_goes_to_its_target(tmp_path, tiny_wan_folder) -> None:
     assert 0.004 <= updater.steer(1e30)["update/kl_weight"] <= 0.006
 
 
+def test_the_mean_kl_is_that_of_separate_samples() -> None:
+    """An edge that stands for three samples counts three times, as it does in the loss."""
+    shape, kl = (1, 1, 2, 3), {"kl_weight": 0.1, "divisor": 4.0, "clip_range": 0.5}
+    table = torch.tensor([[0.9, -0.2, 0.4, 1.0, 0.0, 0.5, 1.0, -1.0]], dtype=torch.float64)
+
+    def means(counts: list[int], weights: list[float]) -> dict[str, float]:
+        x, y, m, ref = (
+            torch.cat([random(2, *shape, seed=s)[row : row + 1].expand(n, *shape)
+                       for row, n in enumerate(counts)])
+            for s in range(4)
+        )  # fmt: skip
+        weight = torch.tensor(weights, dtype=torch.float64)
+        advantages = torch.stack([0.3 * weight, -0.1 * weight], dim=-1)[:, None]
+        result = policy_loss(
+            m, x, y, table.expand(len(m), -1), advantages, weights=weight, reference_output=ref,
+            **kl,
+        )  # fmt: skip
+        return _means(result.metrics, ratio_norm=False)
+
+    shared, separate = means([1, 1], [3.0, 1.0]), means([3, 1], [1.0] * 4)
+    for name in ("policy/kl", "policy/policy"):
+        assert shared[name] == pytest.approx(separate[name], rel=1e-12) and separate[name] != 0
+    assert shared["policy/weight"] == 2.0
+
+
 DEMO = [
     "rollout.noise_level=0", "rollout.tree={kind: independent_roots}", "rollout.steps=8",
     "rollout.group_size=16", "data.prompts_per_iteration=8", "iterations=12",
@@ -458,6 +485,10 @@ MISTAKES = [
      "that a KL"),
     (["loss.kl_target=0.1"], "loss.kl_target = 0.1: needs loss.kl_weight above 0, from where the "
      "weight is steered"),
+    (["loss.kl_target=0.1", "loss.kl_weight=2"], "loss.kl_weight = 2: with loss.kl_target it is "
+     "where the weight begins: must lie in loss.kl_range = [0.0001, 1.0]"),
+    (["rollout.solver=multistep", "rollout.final=ode"], "rollout.final = 'ode': has no effect with "
+     "rollout.solver = 'multistep'; set that to euler, or leave it at 'x0'"),
 ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny_models import CPU, tiny_config
@@ -9,6 +11,7 @@ from tiny_models import CPU, tiny_config
 from dancegrpo_fast.models import open_family
 from dancegrpo_fast.planner import Hardware, Planner
 from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.trajectories import Trajectories
 
 NORMALISED = {
     "loss.ratio_norm": True, "loss.old_log_prob": "rollout", "loss.updates": 2,
@@ -50,3 +53,11 @@ def test_plan_counts_them_as_host_memory(tmp_path, tiny_wan_folder):
     assert latents > 0 and there.phases["train"]["trajectories"] == 0
     assert there.host == here.host + latents
     assert here.total("train") - there.total("train") == pytest.approx(latents)
+    # A level of 8 samples and its children are on the device while they are drawn.
+    one = math.prod(open_family(config.model).latent_shape) * 4
+    assert there.phases["rollout"]["passing latents"] == 16 * one
+
+
+def test_a_rank_without_samples_has_none_on_the_device():
+    """Whoever scores them moves rewards to where they are."""
+    assert Trajectories(None, torch.zeros(1, 8, device="meta"), []).samples().device.type == "meta"

@@ -343,6 +343,26 @@ def test_rewards_are_counted_or_said_to_be_unknown(tmp_path, model):
     assert not any("moving_shape" in text for text in unknown)
 
 
+def test_every_model_that_judges_here_is_counted(tmp_path):
+    """By the elements in its folder, in its dtype; models of their own, though of one class."""
+    from safetensors.torch import save_file
+
+    from dancegrpo_fast.config import RewardConfig
+
+    save_file({"a": torch.zeros(10, 10), "b": torch.zeros(5)}, tmp_path / "model.safetensors")
+    here = [
+        RewardConfig(name="judge_score", path=str(tmp_path)),
+        RewardConfig(name="judge_score", path=str(tmp_path), options={"dtype": "float32"}),
+        RewardConfig(name="deqa", path=str(tmp_path), offload=True),
+        RewardConfig(name="deqa", path="http://127.0.0.1:1"),
+        RewardConfig(name="mine.py:A"), RewardConfig(name="mine.py:B"),
+    ]  # fmt: skip
+    stay, brought, unknown = reward_bytes(here)
+    assert (stay, brought) == (105 * 2 + 105 * 4, 105 * 2)
+    assert sum("mine.py" in text for text in unknown) == 2
+    assert any("(on the server)" in text for text in unknown)
+
+
 # ---- traffic -------------------------------------------------------------------------------------
 
 

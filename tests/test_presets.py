@@ -155,6 +155,20 @@ def test_a_section_that_is_none_is_still_one_line(tmp_path) -> None:
         assert str(caught.value).startswith(f"{tmp_path}/r.yaml: {path}")
 
 
+def test_one_sample_is_not_compared_with_itself(tmp_path) -> None:
+    """batch_std takes the mean of the group: of one sample every advantage would be 0."""
+    recipe = short("flow_grpo", rollout={"batch_size": 1, "group_size": 1})
+    recipe["loss"]["updates"] = 1
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError) as caught:
+        load_config(tmp_path / "r.yaml")
+    assert str(caught.value) == (
+        f"{tmp_path / 'r.yaml'}: rollout.group_size = 1: one sample has no group to compare with; "
+        "use 2 or more, or advantage.scope = batch or running"
+    )
+    load_config(tmp_path / "r.yaml", ["advantage.scope=batch"])
+
+
 def test_nonsense_is_refused_with_the_reason(tmp_path) -> None:
     for name, overrides, said in (
         ("grpo_guard", ["rollout.dynamics=cps"], "needs a Gaussian log-prob"),

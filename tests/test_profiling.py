@@ -5,11 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from pathlib import Path
 
 import pytest
 from tiny_models import tiny_config
 
+from dancegrpo_fast.cli import main
 from dancegrpo_fast.run import train
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Functions of ours that may ask for a value in an iteration, and how often at most. On a GPU each
 # is a wait. None lies in a loop over states, steps or micro-batches.
@@ -37,6 +41,14 @@ def test_trace_and_summary_are_written(profiled):
         assert re.search(rf"\| {stage} \| [\d.]+ \| \d+% \|", text)
     operators = text.split("## Operators")[1].split("##")[0]
     assert "| aten::" in operators and ".py(" not in operators
+
+
+@pytest.mark.parametrize("number", ["0", "100000"])
+def test_an_iteration_that_the_run_does_not_have(number, tmp_path, capsys):
+    recipe = str(ROOT / "recipes" / "demo.yaml")
+    assert main(["train", recipe, f"output={tmp_path / 'run'}", "--profile", number]) == 2
+    assert f"--profile = {number}: must be an iteration of the run" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_known_lines_of_ours_wait_for_values(profiled):

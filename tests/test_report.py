@@ -269,6 +269,9 @@ def test_audit_findings_are_shown_with_their_advice(run):
     text = read(write_page(run)).text
     assert "saturationlook at it0.250.5above 1.5 <x>use loss.kl_weight" in text
     assert "gridquiet0.5above 1.5 <x>" in text and text.count("use loss.kl_weight") == 1
+    # Of the end that the run had before it was resumed to go further.
+    (run / "summary.json").write_text(json.dumps({"iterations": 3}))
+    assert "saturation" not in read(write_page(run)).text
 
 
 def test_evaluations_that_cannot_be_compared_are_left_out(run):
@@ -353,6 +356,8 @@ def test_the_command_writes_the_page(run, tmp_path, capsys):
     assert not (run / "report.html").exists()
     assert main(["report", str(run), "--out", str(tmp_path / "none" / "a.html")]) == 2
     assert "does not exist; make it first" in capsys.readouterr().err
+    assert main(["report", str(run), "--out", str(tmp_path)]) == 2
+    assert "is a folder; name a file, such as" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
 
 

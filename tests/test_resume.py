@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -291,6 +292,33 @@ def test_killed_process_exits_with_3_and_resumes(tmp_path, tiny_wan_folder):
     whole = tiny_config(tmp_path / "whole", tiny_wan_folder, {"policy.ema_decay": 0.9})
     train(whole)
     assert_same_run(whole, RunConfig.model_validate(recipe))
+
+
+def test_a_damaged_snapshot_is_saved_anew_when_interrupted(tmp_path, tiny_wan_folder, monkeypatch):
+    """Its folder stands at the iteration that is to be saved, and holds nothing."""
+    config = tiny_config(tmp_path, tiny_wan_folder, STOPPED | {"checkpoint.every": 3})
+    train(config.model_copy(update={"iterations": 1}))
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            interrupted_at(patch, "sample", 2)
+            with pytest.raises(Interrupted, match="newest snapshot holds 2;"):
+                train(config, resume=True)
+        trainer = Trainer(config, CPU)
+        assert trainer.resume() and trainer.done == 2
+        damaged = trainer.snapshots / "iteration-000002"
+        cut(damaged / "__0_0.distcp")
+        shutil.copytree(damaged, damaged.with_name("iteration-backup"), dirs_exist_ok=True)
+
+
+def test_a_prompt_without_any_valid_sample_survives_a_resume(tmp_path, tiny_wan_folder):
+    """Its history is empty; after a resume the prompt comes again."""
+    reward = {"name": f"{Path(__file__).parent / 'tiny_models.py'}:FailsOnFail"}
+    (tmp_path / "prompts.txt").write_text("a red dog\na fail\n")
+    changes = RUNNING | {"rewards": [reward], "checkpoint.every": 1, "iterations": 1}
+    config = tiny_config(tmp_path, tiny_wan_folder, changes)
+    train(config)
+    train(config.model_copy(update={"iterations": 2}), resume=True)
+    assert [line["iteration"] for line in metrics_of(config)] == [1, 2]
 
 
 def test_resume_says_what_it_changes(tmp_path, tiny_wan_folder, caplog):

@@ -15,7 +15,7 @@ from tree_stand_ins import BOX, SCHEDULE, SHAPE, Family, Net, embeddings
 from dancegrpo_fast.batching import leaf_owners
 from dancegrpo_fast.chains import chains, cut_after, gradient_begin
 from dancegrpo_fast.config import RunConfig, UserError, load_config
-from dancegrpo_fast.losses.reward_gradient import reward_gradient
+from dancegrpo_fast.losses.reward_gradient import reward_gradient, step_loss
 from dancegrpo_fast.models.family import evaluate
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.prompt import Prompt
@@ -199,6 +199,23 @@ def test_calls_of_zero_weight_add_nothing(tmp_path) -> None:
         assert torch.allclose(parameter.grad, gradient / 6, rtol=1e-10, atol=1e-14)
 
 
+def test_gradients_are_let_go_of_behind_the_front(tmp_path, monkeypatch) -> None:
+    """Five samples through five steps: never more than one latent-sized gradient a sample."""
+    case, held = hand_sized(tmp_path, None, **{"loss.gradient_from": [0, 1]}), []
+
+    def counted(call, drawn, conditions, family, module, gradients, *, first):
+        held.append(len(gradients))
+        return step_loss(call, drawn, conditions, family, module, gradients, first=first)
+
+    monkeypatch.setattr("dancegrpo_fast.updating.reward_gradient.step_loss", counted)
+    valid = np.array([[True, True, False], [True, True, True]])
+    updates = case.updater.schedule(case.plan, valid, case.owner)
+    case.updater.run(
+        updates, case.drawn, case.conditions, np.ones(1), None, iteration=0, prompts=case.prompts
+    )
+    assert len(held) == 10 and max(held) == 5
+
+
 def test_a_limit_reached_has_no_gradient() -> None:
     x = torch.randn((2, *SHAPE), dtype=torch.float64)
     family = SoftPixels((), None)
@@ -356,6 +373,8 @@ MISTAKES = [
     ("loss.kl_weight=0.1", "= 0.1: has no effect with loss.kind = 'draft'; set that to "
      "policy_gradient or nft or awm, or leave it at 0.0"),
     ("parallel.sp=2", "= 2: not verified with loss.kind draft; use 1"),
+    ("data.skip_zero_variance=1", "= 1: has no effect with loss.kind = 'draft'; set that to "
+     "policy_gradient or nft or awm, or leave it at null"),
 ]  # fmt: skip
 
 

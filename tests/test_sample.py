@@ -330,7 +330,7 @@ def test_searches_that_are_refused(tmp_path, tiny_wan_folder, capsys):
 # ---- images to start from ------------------------------------------------------------------------
 
 
-def test_prompt_file_with_images(tmp_path):
+def test_prompt_file_with_images(tmp_path, capsys):
     sys.path.insert(0, str(Path(__file__).parent / "families"))
     from case_wan_i2v import CASES
 
@@ -344,6 +344,9 @@ def test_prompt_file_with_images(tmp_path):
     out = tmp_path / "out"
     assert main(["sample", recipe, "--prompts", str(file), "--out", str(out)]) == 0
     assert len(list(out.glob("*.mp4"))) == 2
+    capsys.readouterr()
+    assert main(["sample", recipe, "--prompt", "a dot", "--out", str(tmp_path / "none")]) == 2
+    assert "--prompts: prompt 1 of 1 has no image" in capsys.readouterr().err
 
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -363,7 +366,8 @@ def test_refusals_are_one_line(tmp_path, tiny_wan_folder, run, capsys):
         (recipe, "--weights", str(tiny_wan_folder), "--lora-scale", "1"): "are no LoRA",
         (str(run), "--weights", str(run / "final")): "goes with a recipe",
         (recipe, "--reward", "nicest"): "no such reward",
-        (recipe, "--out", str(full)): "is not empty; name a new folder",
+        (recipe, "--out", str(full)): "is a file or not empty; name a new folder",
+        (recipe, "--out", str(full / "file")): "is a file or not empty; name a new folder",
     }
     for arguments, message in cases.items():
         capsys.readouterr()

@@ -423,6 +423,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"roots = \[2, 3, .*must be \[2, 1, C"):
         searched(SearchSettings("greedy", 3, (0,)), roots=torch.zeros(2, 3, *SHAPE))
     silent = replace(made_sampler(), level=0.0)
+    with pytest.raises(ValueError, match=r"weights = \[0.0\]: all are 0"):
+        searched(SearchSettings("greedy", 3, (0,)), weights=(0.0,))
     with pytest.raises(ValueError, match="noise_level = 0: every candidate"):
         searched(SearchSettings("greedy", 3, (-1, 0)), sampler=silent)
     assert len(searched(SearchSettings("brute", 3, (-1,)), sampler=silent)[0].ranked) == 3
@@ -593,6 +595,29 @@ def test_failed_candidates_are_left_out() -> None:
     training = Training(**SETTINGS["everything"])
     candidates = sum(len(group) for one in training.found for group in one.siblings)
     assert 0 < sum(len(training.terms(t)) for t in range(2)) < candidates
+
+
+def test_a_failed_candidate_that_went_on_is_not_trained() -> None:
+    """Nothing is pruned here, so it has candidates of its own; they go with it."""
+    training = Training(
+        SearchSettings("brute", 4, (0, 2)), 1, weights=TWO_REWARDS, combine="advantage"
+    )
+    plan = training.drawn.plan
+    previews = training.previews[0][:, [0, 2]]
+    failed = {s for group in plan.children for s in group
+              if plan.states[s].trained and np.isnan(previews[s]).any()}  # fmt: skip
+    assert any(plan.states[s].step == 1 for s in failed), "none went on"
+    advantages, values = sibling_credit(
+        plan, training.previews, np.array(TWO_REWARDS), training.config
+    )
+    (update,) = build_updates(
+        plan, advantages, advantages.valid, key=KEY, modules=NET, rank=0, world_size=1,
+        edge_values=values,
+    )  # fmt: skip
+    trained = {c for call in update.calls for item in call.items for c in item.children}
+    assert trained and not trained & failed
+    below = {s for s in trained if failed & set(plan.ancestry(s))}
+    assert not below and update.divisor == len(trained)
 
 
 @pytest.mark.parametrize("latent_dtype", ["float32", "bfloat16"])

@@ -138,6 +138,8 @@ def _checked(args: argparse.Namespace) -> tuple[int, ...]:
             raise UserError(f"--{name} = {value}: must be at least 1")
     if args.seed < 0:
         raise UserError(f"--seed = {args.seed}: must be at least 0")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise UserError(f"--out = {args.out!r}: is a file; name a folder")
     if args.format not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
         raise UserError(f"--format = {args.format!r}: no such format; known: {known}")
@@ -161,13 +163,13 @@ def _models(args: argparse.Namespace) -> Iterator[Model]:
     from dancegrpo_fast.evaluating import Model
 
     found: list[Model] = []
-    for text in args.sources:
+    for position, text in enumerate(args.sources):
         source = Path(text)
         recipe = source / "recipe.yaml" if source.is_dir() else source
         if not recipe.is_file():
             raise UserError(f"SOURCE = {text!r}: is neither a recipe nor the folder of a run")
         config = load_config(recipe, [])
-        if not found and not (args.no_base and (source.is_dir() or args.weights)):
+        if not position and not (args.no_base and (source.is_dir() or args.weights)):
             found.append(Model("base", config, None))
         if source.is_dir():
             if not (source / "final").is_dir():
@@ -176,7 +178,7 @@ def _models(args: argparse.Namespace) -> Iterator[Model]:
                     f"export {text} EXPORTED` and give {recipe} --weights EXPORTED"
                 )
             found.append(Model(source.resolve().name, config, source / "final"))
-        elif len(found) > 1:
+        elif position:
             found.append(Model(source.stem, config, None))
     if args.weights and (len(args.sources) > 1 or Path(args.sources[0]).is_dir()):
         raise UserError(f"--weights = {args.weights[0]!r}: goes with one recipe as SOURCE")

@@ -35,5 +35,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else None
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {out.parent} does not exist; make it first")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {args.out}: is a folder; name a file, such as {out / 'page.html'}")
     print(write_page(Path(args.run), out))
     return 0

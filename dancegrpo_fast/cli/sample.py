@@ -106,9 +106,11 @@ def run(args: argparse.Namespace) -> int:
     prompts = [Prompt(text) for text in args.prompt or ()]
     prompts = prompts or list(PromptSet.load(args.prompts, field="--prompts").prompts)
     out = Path(args.out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out = {args.out!r}: is not empty; name a new folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out = {args.out!r}: is a file or not empty; name a new folder")
     with _opened(args) as (config, family, pipeline):
+        if family.needs_image:
+            PromptSet(tuple(prompts)).need_images("--prompts")
         chosen = _chosen_rewards(args, config)
         rewards, weights = load_rewards(chosen, family.device), [r.weight for r in chosen]
         settings = EvaluationConfig(

@@ -49,12 +49,17 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from dancegrpo_fast.config import dump, load_config
+    from dancegrpo_fast.config import UserError, dump, load_config
 
     config = load_config(args.recipe, args.overrides)
     if args.print_config:
         print(dump(config), end="")
         return 0
+    if args.profile is not None and not 1 <= args.profile <= config.iterations:
+        raise UserError(
+            f"--profile = {args.profile}: must be an iteration of the run, from 1 to iterations = "
+            f"{config.iterations}"
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from dancegrpo_fast.quiet import quiet_libraries
 

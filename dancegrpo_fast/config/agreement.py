@@ -6,13 +6,11 @@ are still wrong: a check that meets an invalid field is skipped, the others stil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from dancegrpo_fast.config import kinds
-
-Get = Callable[[str], Any]
-Disagreement = tuple[str, str]  # dotted path, reason
+from dancegrpo_fast.config.kinds import Disagreement, Get
 
 
 class NotValid(Exception):
@@ -54,6 +52,7 @@ _ORDERED = ("progressive", "decaying", "exponential")
 ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # setting, its selector, the choices that read it
     ("rollout.shift", "rollout.schedule", ("dance",)),
+    ("rollout.final", "rollout.solver", ("euler",)),
     ("rollout.exact_density", "rollout.dynamics", ("cps",)),
     ("rollout.redraw", "loss.kind", ("policy_gradient",)),
     (f"{_TREE}.window_size", f"{_TREE}.kind", _WINDOWED),
@@ -200,7 +199,8 @@ def _branches(get: Get) -> Iterator[Disagreement]:
 def _group(get: Get) -> Iterator[Disagreement]:
     size, scope = get("rollout.group_size"), get("advantage.scope")
     kept = get("advantage.best_of_n")
-    if size == 1 and scope == "group" and kinds.needs_group(get("loss.kind")):
+    from_group = scope in ("group", "batch_std")  # Both take its mean.
+    if size == 1 and from_group and kinds.needs_group(get("loss.kind")):
         reason = "one sample has no group to compare with; use 2 or more"
         yield "rollout.group_size", f"{reason}, or advantage.scope = batch or running"
     if kept is not None and kept >= size:

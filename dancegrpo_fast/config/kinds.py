@@ -14,6 +14,7 @@ _REWARD = ("refl", "draft")
 _SCORED = _RATIO + _FORWARD  # Kinds that weigh samples by advantages.
 
 _READ_BY: dict[str, tuple[str, ...]] = {
+    "data.skip_zero_variance": _SCORED,
     "rollout.exact_density": _RATIO,
     "rollout.train_last": _RATIO,
     "rollout.solver": _FORWARD,
@@ -52,7 +53,7 @@ ONLY_WITH_KIND = tuple((path, "loss.kind", kinds) for path, kinds in _READ_BY.it
 """(setting, its selector, the choices that read it), as `agreement` has them for other fields."""
 
 Get = Callable[[str], Any]
-Disagreement = tuple[str, str]
+Disagreement = tuple[str, str]  # dotted path, reason
 
 
 def trains_every_point(kind: str) -> bool:
@@ -78,6 +79,9 @@ def steered_kl(get: Get) -> Iterator[Disagreement]:
                 yield f"loss.{name}", "has no effect without loss.kl_target; give that a KL"
     elif get("loss.kl_weight") == 0:
         yield "loss.kl_target", "needs loss.kl_weight above 0, from where the weight is steered"
+    elif low <= high and not low <= get("loss.kl_weight") <= high:
+        reason = "with loss.kl_target it is where the weight begins"
+        yield "loss.kl_weight", f"{reason}: must lie in loss.kl_range = [{low}, {high}]"
 
 
 def fits_kind(get: Get) -> Iterator[Disagreement]:

@@ -55,7 +55,7 @@ def read_prompts(
 
     Args:
         source: A file; its ending says what it holds: .jsonl, .csv, .tsv, .parquet, and anything
-            else is UTF-8 text with one prompt a line. Blank lines are skipped. Or
+            else but .json is UTF-8 text with one prompt a line. Blank lines are skipped. Or
             `organisation/name[:split]` of a data set of the hub (split train if none is named).
         field: Configuration field that named the source, for error messages.
         column: Key or column of the prompt's text. A column "image" names a file in the folder of
@@ -68,12 +68,15 @@ def read_prompts(
     where, path = f"{field} = {str(source)!r}", Path(source)
     found: Iterator[Found]
     folder: Path | None
-    if not path.exists() and path.suffix not in _READERS and _HUB_ID.fullmatch(str(source)):
+    suffix = path.suffix.lower()
+    if suffix == ".json":  # As text its brackets and quotes would be prompts.
+        raise UserError(f"{where}: is JSON in one piece; give a .jsonl file, one object a line")
+    if not path.exists() and suffix not in _READERS and _HUB_ID.fullmatch(str(source)):
         found, folder = _hub(str(source), where), None
     else:
-        reader = _READERS.get(path.suffix, _text)
+        reader = _READERS.get(suffix, _text)
         found, folder = reader(_bytes(path, where), where, column), path.parent
-    unit = "row" if folder is None or path.suffix == ".parquet" else "line"
+    unit = "row" if folder is None or suffix == ".parquet" else "line"
     prompts: list[Prompt] = []
     bad: list[tuple[int, _Bad]] = []
     for number, record in found:

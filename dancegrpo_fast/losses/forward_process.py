@@ -21,7 +21,7 @@ from dancegrpo_fast.models.family import Box, Family
 from dancegrpo_fast.ops import PolicyLoss, awm_loss, nft_loss
 from dancegrpo_fast.ops.forward_loss import ForwardLoss, awm_weighting
 from dancegrpo_fast.ops.noise import NoiseKey, keys_table, normal_batch
-from dancegrpo_fast.trajectories import Place, Trajectories
+from dancegrpo_fast.trajectories import Place, Trajectories, harmless
 from dancegrpo_fast.tree import TreePlan
 
 
@@ -66,7 +66,7 @@ def noised(
     """
     plan, places = drawn.plan, [(item.prompt, item.state) for item in call.items]
     points = [(p, leaf_of[state], plan.states[state].step) for p, state in places]
-    clean = drawn.samples([(p, g) for p, g, _ in points]).float()
+    clean = harmless(drawn.samples([(p, g) for p, g, _ in points]).float(), call)
     keys = keys_table([key.fold_in(p).fold_in(g).fold_in(i).draw() for p, g, i in points])
     noise = normal_batch(
         tuple(clean.shape[1:]), keys, dtype=torch.float32, device=clean.device

@@ -14,7 +14,7 @@ from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import Family, evaluate
 from dancegrpo_fast.ops import PolicyLoss, policy_loss, transition_log_prob
 from dancegrpo_fast.policy import Policy
-from dancegrpo_fast.trajectories import Fan, Trajectories
+from dancegrpo_fast.trajectories import Fan, Trajectories, harmless
 
 
 def policy_gradient_loss(
@@ -48,7 +48,12 @@ def policy_gradient_loss(
             `config.ratio_norm`.
     """
     fan = Fan.of_call(call)
-    latents = drawn.stack(fan.places)
+    latents = harmless(drawn.stack(fan.places), call)
+    following = harmless(drawn.stack(fan.edges), call)
+    if old_log_prob is not None:
+        old_log_prob = harmless(old_log_prob, call)
+    if old_output is not None:
+        old_output = harmless(old_output, call)
     output = evaluate(family, module, drawn.plan, conditions, fan.places, latents)
     reference = None
     if config.kl_weight:
@@ -58,13 +63,13 @@ def policy_gradient_loss(
     if config.ratio_norm and old_log_prob is None:
         # The op's own on-policy ratio is the plain one; normalised, its gradient is s times that.
         old_output = output.detach()
-        old_log_prob = _log_prob(fan, drawn, family, latents, old_output)
+        old_log_prob = harmless(_log_prob(fan, drawn, family, latents, old_output), call)
     assert config.ratio_norm == (old_output is not None)
     device = latents.device
     return policy_loss(
         output,
         latents,
-        drawn.stack(fan.edges),
+        following,
         drawn.edge_coefficients(fan.edges),
         _tensor(np.concatenate([item.advantages for item in call.items]), device),
         old_log_prob=old_log_prob,

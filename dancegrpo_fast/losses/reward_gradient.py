@@ -19,7 +19,7 @@ from dancegrpo_fast.batching import Call
 from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import Family, evaluate
 from dancegrpo_fast.ops import transition_mean
-from dancegrpo_fast.trajectories import Fan, Place, Trajectories
+from dancegrpo_fast.trajectories import Fan, Place, Trajectories, harmless
 
 
 class RewardGradient(NamedTuple):
@@ -83,14 +83,15 @@ def step_loss(
         conditions: Of all prompts.
         family: For the network call and the action box.
         module: The network to differentiate, possibly wrapped by an engine.
-        gradients: By state: the loss's gradient [C, F, H, W] at the children.
+        gradients: By state: the loss's gradient [C, F, H, W] at the children, which is taken out:
+            nothing asks for it again.
         first: Whether the gradient ends here; else x is returned to ask it for `x.grad`.
 
     Returns:
         The scalar, and x [n, C, F, H, W] or None.
     """
     fan = Fan.of_call(call)
-    latents = _wide(drawn.stack(fan.places))
+    latents = harmless(_wide(drawn.stack(fan.places)), call)
     if not first:
         latents.requires_grad_(True)
     output = evaluate(family, module, drawn.plan, conditions, fan.places, latents)
@@ -100,7 +101,7 @@ def step_loss(
     weights = [float(item.weights[0]) for item in call.items]
     behind = torch.stack(
         [
-            gradients[edge] if weight else torch.zeros_like(mean[row])
+            gradients.pop(edge) if weight else torch.zeros_like(mean[row])
             for row, (edge, weight) in enumerate(zip(fan.edges, weights, strict=True))
         ]
     )

@@ -71,6 +71,11 @@ class Engine(ABC):
         """
         yield self.modules
 
+    @contextmanager
+    def by_forward(self) -> Iterator[Mapping[str, nn.Module]]:
+        """Networks whose weights are gathered in every forward without gradients, if at all."""
+        yield self.modules
+
     @property
     def rollout_calls_agree(self) -> bool:
         """Whether every rank must make the same calls in a rollout: each call gathers weights."""
@@ -176,6 +181,17 @@ class Sharded(Engine):
         for part in _parts(module):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum.
+
+    @contextmanager
+    def by_forward(self) -> Iterator[Mapping[str, nn.Module]]:
+        try:
+            yield self.modules
+        finally:
+            # What lies outside blocks stays whole after a forward. A snapshot or the old policy,
+            # which ask for the trained parameters next, would see copies instead of slices.
+            for module in self.modules.values():
+                for part in _parts(module):
+                    part.reshard()
 
     @property
     def rollout_calls_agree(self) -> bool:

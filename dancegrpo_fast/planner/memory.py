@@ -6,6 +6,9 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import safe_open
 
 from dancegrpo_fast.config import RewardConfig, RunConfig
 from dancegrpo_fast.models import Family
@@ -15,6 +18,7 @@ from dancegrpo_fast.planner.network import Networks
 from dancegrpo_fast.planner.tracing import without_storage
 from dancegrpo_fast.planner.work import Work
 from dancegrpo_fast.rewards import REWARDS
+from dancegrpo_fast.rewards.weights import DTYPES as REWARD_DTYPES
 from dancegrpo_fast.updating import old_log_prob_mode
 
 PHASES = ("embed", "rollout", "decode", "score", "train", "step", "save")
@@ -166,7 +170,8 @@ def _rollout(
         )
         most = max(most, trace.forward_peak)
     # Initial noise and a level's children stand beside what is kept of them.
-    rows = {"activations": most, "passing latents": float(work.passing * latent)}
+    passing = work.level if cuda and config.rollout.offload else work.passing
+    rows = {"activations": most, "passing latents": float(passing * latent)}
     if sharded:
         rows["gathered weights"] = _gathered(networks, whole=config.parallel.gather_rollout)
     return rows
@@ -246,25 +251,41 @@ def _condition_bytes(family: Family) -> int:
 def reward_bytes(rewards: Iterable[RewardConfig]) -> tuple[float, float, list[str]]:
     """(bytes that stay on the device, most that are brought for scoring, what is not known).
 
-    Sizes are those that the catalogue states: of the weights, without activations.
+    Sizes are those that the catalogue states: of the weights, without activations; those of judges
+    that a folder holds are read from its files.
     """
     stay, brought, unknown = 0.0, 0.0, []
     counted: set[str] = set()
     for reward in rewards:
         name = reward.name.partition(".")[0] if reward.name not in REWARDS else reward.name
-        if name in counted:
-            continue  # Parts of one model.
-        counted.add(name)
         if name not in REWARDS:
             unknown.append(f"weights and activations of the reward {reward.name}")
             continue
+        if name != reward.name:  # Parts of one model, as `load_rewards` shares them.
+            whole = f"{name} {reward.path} {reward.options}"
+            if whole in counted:
+                continue
+            counted.add(whole)
         stated = REWARDS[name].memory
         sizes = re.findall(r"([\d.]+) (MB|GB)", stated)
-        if sizes:
+        here = 0.0 if sizes else _judge_bytes(reward)
+        if sizes or here:
             # Where there are several the largest: which one a recipe loads is not read here.
-            size = max(float(number) * _UNITS[unit] for number, unit in sizes)
+            size = max([here, *(float(number) * _UNITS[unit] for number, unit in sizes)])
             stay, brought = (stay, brought + size) if reward.offload else (stay + size, brought)
             unknown.append(f"activations of the reward {name} (weights: {size / 1e9:g} GB)")
         elif stated != "none":
             unknown.append(f"weights and activations of the reward {name} ({stated})")
     return stay, brought, unknown
+
+
+def _judge_bytes(reward: RewardConfig) -> float:
+    """Of the weights of a model that judges in this process; 0 for one behind a server."""
+    if reward.path is None:
+        return 0.0
+    elements = 0
+    for file in Path(reward.path).glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            names = weights.keys()
+            elements += sum(math.prod(weights.get_slice(n).get_shape()) for n in names)
+    return float(elements * REWARD_DTYPES[reward.options.get("dtype", "bfloat16")].itemsize)

@@ -156,8 +156,7 @@ def _fsdp(
     else:
         rollout = blocks * work.agreed.get(name, 0) + outside * (name in work.agreed)
         update = blocks * (2 * sum(calls) + recomputed + twice)
-        # The first of them still finds it whole.
-        update = update + outside * max(sum(calls) - (name in work.agreed), 0)
+        update = update + outside * sum(calls)
     shard = sum(g.elements(trained=True, shards=mesh.shards) for g in network.groups) * _GRADIENT
     steps = sum(count > 0 for count in calls)
     reduces = steps if parallel.defer_reduction else sum(calls)

@@ -38,6 +38,7 @@ class Work:
         stored: Latents that are kept to the end of the iteration.
         decoded: Latents that are kept while samples are decoded and scored.
         passing: Most latents that live besides the stored ones while a level is drawn.
+        level: Most latents of a level with its children; what passes where others are stored.
         outputs: Model outputs that are kept for `loss.ratio_norm`.
         samples: Samples to decode and score.
     """
@@ -52,6 +53,7 @@ class Work:
     stored: int
     decoded: int
     passing: int
+    level: int
     outputs: int
     samples: int
 
@@ -98,6 +100,7 @@ def work_of(config: RunConfig, family: Family, processes: int, sp: int = 1) -> W
         stored=stored,
         decoded=max(d.kept for d in draws[:-1]) if config.rollout.redraw else stored,
         passing=_most_alive(draws, config.rollout.redraw) - stored,
+        level=max(draw.level for draw in draws),
         outputs=outputs,
         samples=-(-int((owner == 0).sum()) // sp),
     )
@@ -112,6 +115,7 @@ class _Draw:
         agreed: Forwards that every rank makes, by network.
         kept: Latents that are kept.
         alive: Most latents alive at once, kept ones included.
+        level: Most latents of a level with its children.
         sources: States with a trained child.
     """
 
@@ -119,6 +123,7 @@ class _Draw:
     agreed: Counter[str]
     kept: int
     alive: int
+    level: int
     sources: int
 
 
@@ -166,17 +171,18 @@ def _draw(
         return not kids or (trained and keep != "samples")
 
     forwards: dict[str, list[int]] = {}
-    most = before = 0
+    most = widest = before = 0
     for step, name in enumerate(modules):
         inner = [s for s in levels[step] if plan.children[s]]
         batches = micro_batches(inner, batch_size, lambda state: 0)
         forwards.setdefault(name, []).extend(len(batch) for batch in batches)
         # A level and its children are alive, and what is kept of the levels before.
-        most = max(most, before + len(levels[step]) + len(levels[step + 1]))
+        level = len(levels[step]) + len(levels[step + 1])
+        most, widest = max(most, before + level), max(widest, level)
         before += sum(map(kept, levels[step]))
     stored = [state for level in levels for state in level if kept(state)]
     sources = [s for level in levels for s in level if _trains(plan, s)]
-    return _Draw(forwards, agreed, len(stored), most, len(sources))
+    return _Draw(forwards, agreed, len(stored), most, widest, len(sources))
 
 
 def _trains(plan: TreePlan, state: int) -> bool:

@@ -59,9 +59,9 @@ def paired(base: np.ndarray, trained: np.ndarray) -> Paired:
     if n == 0:
         nan = math.nan
         return Paired(nan, nan, nan, nan, nan, nan, nan, nan, 0, int(both.size))
-    first, second = (_row_means(values[rows], both[rows]) for values in (base, trained))
+    first, second = (row_means(values[rows], both[rows]) for values in (base, trained))
     gaps = np.where(both, trained, 0) - np.where(both, base, 0)
-    won = _row_means(((np.sign(gaps) + 1) / 2)[rows], both[rows])
+    won = row_means(((np.sign(gaps) + 1) / 2)[rows], both[rows])
     difference = second - first
     mean = float(difference.mean())
     half = math.nan
@@ -74,7 +74,8 @@ def paired(base: np.ndarray, trained: np.ndarray) -> Paired:
     )  # fmt: skip
 
 
-def _row_means(values: np.ndarray, there: np.ndarray) -> np.ndarray:
+def row_means(values: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Means [P] over what is there in each row of [P, S]; every row has something."""
     means: np.ndarray = np.where(there, values, 0.0).sum(axis=1) / there.sum(axis=1)
     return means
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from dancegrpo_fast.report.audit import Finding
 from dancegrpo_fast.report.compare import BestOf, Paired, best_of, paired
+from dancegrpo_fast.report.metrics import plain
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Results:
     def pairs(self) -> list[tuple[str, str, str, Paired]]:
         """(model, reward, group, comparison with the first model); group "" is all prompts."""
         found = []
-        names = ["", *dict.fromkeys(self.groups)]
+        names = list(dict.fromkeys(("", *self.groups)))  # A prompt may be of no group.
         for m, model in enumerate(self.models[1:], 1):
             for r, reward in enumerate(self.rewards):
                 for group in names:
@@ -147,14 +147,5 @@ def write_json(results: Results, path: Path) -> None:
             for p, text in enumerate(results.prompts)
         ],
     }
-    text = json.dumps(_plain(values), indent=1, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(plain(values), indent=1, allow_nan=False, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """The same with null for what is no finite number."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

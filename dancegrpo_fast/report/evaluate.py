@@ -7,8 +7,11 @@ standard error is over prompts.
 
 from __future__ import annotations
 
+import logging
+import math
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,13 @@ from dancegrpo_fast.config import EvaluationConfig
 from dancegrpo_fast.ops.noise import NoiseKey, keys_table, normal_batch
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.prompt import Prompt
+from dancegrpo_fast.report.compare import row_means
 from dancegrpo_fast.rewards import HasParts, Reward
-from dancegrpo_fast.rewards.interface import Samples, placed, score
+from dancegrpo_fast.rewards.interface import Samples, placed, score_parts
+from dancegrpo_fast.rewards.scoring import attempt, waits
 from dancegrpo_fast.roles import Role
+
+logger = logging.getLogger(__name__)
 
 # (prompts, initial latents [B, C, F, H, W]) -> pixels [B, F, 3, H, W] in [0, 1]
 Draw = Callable[[Sequence[Prompt], Tensor], Tensor]
@@ -57,7 +64,9 @@ class Evaluation:
         """Write a `.npz` without pickles."""
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {name: np.array(value) for name, value in vars(self).items()}
-        np.savez_compressed(path, **arrays)
+        partial = path.with_name(f"partial-{path.name}")  # A killed run must not leave half a file.
+        np.savez_compressed(partial, **arrays)
+        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
@@ -82,8 +91,16 @@ class Difference:
 
     @classmethod
     def of(cls, base: np.ndarray, trained: np.ndarray) -> Difference:
-        """From two [P, ...] arrays of the same prompts; other axes are averaged first."""
-        first, second = (values.reshape(len(values), -1).mean(axis=1) for values in (base, trained))
+        """From two [P, ...] arrays of the same prompts; other axes are averaged first.
+
+        What is no number in one of them is left out of both; NaN where nothing is left.
+        """
+        pair = [values.reshape(len(values), -1) for values in (base, trained)]
+        both = np.isfinite(pair[0]) & np.isfinite(pair[1])
+        rows = both.any(axis=1)
+        if not rows.any():
+            return cls(math.nan, math.nan, math.nan)
+        first, second = (row_means(values[rows], both[rows]) for values in pair)
         error = (second - first).std(ddof=1) / np.sqrt(len(first)) if len(first) > 1 else np.nan
         return cls(float(first.mean()), float(second.mean()), float(error))
 
@@ -118,6 +135,7 @@ def evaluate(
     own = [int(p) for p in parts[world.data_rank]]
     jobs = [(p, s) for p in own for s in range(config.seeds)]
     videos = torch.empty((len(jobs), *sample_shape), dtype=torch.uint8)
+    broken = torch.zeros(len(jobs), dtype=torch.bool)
     # Every process draws as many batches as the busiest: where weights are gathered network by
     # network (two experts), a draw is an exchange that all take part in.
     most = -(-max(len(part) for part in parts) * config.seeds // config.batch_size)
@@ -129,32 +147,81 @@ def evaluate(
             continue
         latents = initial_latents(config, batch, latent_shape, world.device)
         drawn = draw([prompts[p] for p, _ in batch], latents)
+        broken[start : start + len(batch)] = not_finite(drawn)
         videos[start : start + len(batch)] = (drawn * 255).round().to(torch.uint8).cpu()
         progress(len(batch))
     texts = [prompts[p].text for p, _ in jobs]
     # Scored from the 8-bit pixels that a user would save, not from floats that nobody sees.
-    scores = torch.empty(len(jobs), len(rewards), dtype=torch.float64)
-    part_names, part_values = _parts(rewards, videos, texts)
+    having = [reward for reward in rewards if isinstance(reward, HasParts)]
+    part_names = tuple(f"{reward.name}.{part}" for reward in having for part in reward.part_names)
+    scores = torch.zeros(len(jobs), len(rewards), dtype=torch.float64)
+    part_values = torch.zeros(len(jobs), len(part_names), dtype=torch.float64)
     if jobs:
         metadata = [prompts[p].metadata for p, _ in jobs]
         samples = Samples(videos, texts, fps, metadata=metadata, groups=[p for p, _ in jobs])
         with placed(rewards, world.device):
-            columns = [score(reward, samples).values.double().cpu() for reward in rewards]
-        scores = torch.stack(columns, dim=1)
+            scores, part_values = _measured(rewards, samples, config.batch_size, world.device)
+        scores[broken], part_values[broken] = torch.nan, torch.nan
+    if broken.any():
+        logger.warning("%d held-out samples have no score: pixels are not finite", broken.sum())
     by_prompt = (len(own), config.seeds)
-    found = (
+    own_rows = (
         scores.unflatten(0, by_prompt),
         part_values.unflatten(0, by_prompt),
-        _distances(videos.unflatten(0, by_prompt)),
+        _distances(videos.unflatten(0, by_prompt), broken.unflatten(0, by_prompt)),
         videos.unflatten(0, by_prompt)[:, 0],
     )
     # A sequence-parallel group drew the same samples: one of its ranks hands them in.
     counts = [len(parts[r // world.sp]) if r % world.sp == 0 else 0 for r in range(world.size)]
     whole = [
-        torch.cat(world.gather_rows(t if world.speaks else t[:0], counts)).numpy() for t in found
+        torch.cat(world.gather_rows(t if world.speaks else t[:0], counts)).numpy() for t in own_rows
     ]
     names = tuple(reward.name for reward in rewards)
     return Evaluation(whole[0], names, whole[1], part_names, whole[2], whole[3])
+
+
+def not_finite(videos: Tensor) -> Tensor:
+    """[n] on the CPU: samples [n, ...] that 8 bits, which have no NaN, would turn into pictures."""
+    return ~videos.isfinite().flatten(1).all(dim=1).cpu()
+
+
+def stays_on_cpu(reward: Reward) -> bool:
+    """Whether training hands a reward pixels in CPU memory, not on the process's device."""
+    return waits(reward) or bool(getattr(reward, "groupwise", False))
+
+
+def _measured(
+    rewards: Sequence[Reward], samples: Samples, batch_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Scores [n, R] and parts [n, K] float64, NaN where a reward failed.
+
+    In batches, which rewards share: parts of one reward run it once. Those that compare samples get
+    all of them.
+    """
+    widths = [len(r.part_names) if isinstance(r, HasParts) else 0 for r in rewards]
+    scores = torch.full((len(samples), len(rewards)), torch.nan, dtype=torch.float64)
+    parts = [torch.full((len(samples), width), torch.nan, dtype=torch.float64) for width in widths]
+
+    def run(columns: Sequence[int], rows: slice, batch: Samples) -> None:
+        moved = batch
+        if not all(stays_on_cpu(rewards[column]) for column in columns):
+            moved = replace(batch, videos=batch.videos.to(device))
+        for column in columns:
+            reward = rewards[column]
+            there = batch if stays_on_cpu(reward) else moved
+            scores[rows, column] = attempt(reward, there).values.double()
+            # A reward that fails has no parts, and has said why.
+            if isinstance(reward, HasParts) and scores[rows, column].isfinite().any():
+                parts[column][rows] = score_parts(reward, there)[0].double().cpu()
+
+    together = [c for c, reward in enumerate(rewards) if getattr(reward, "groupwise", False)]
+    apart = [c for c in range(len(rewards)) if c not in together]
+    for start in range(0, len(samples) if apart else 0, batch_size):
+        rows = range(start, min(start + batch_size, len(samples)))
+        run(apart, slice(rows.start, rows.stop), samples.of(rows))
+    if together:
+        run(together, slice(None), samples)
+    return scores, torch.cat(parts, dim=1)
 
 
 def initial_latents(
@@ -169,26 +236,18 @@ def initial_latents(
     return normal_batch(tuple(latent_shape), keys, device=device)
 
 
-def _parts(
-    rewards: Sequence[Reward], videos: Tensor, prompts: list[str]
-) -> tuple[tuple[str, ...], Tensor]:
-    names: list[str] = []
-    columns = [torch.zeros(len(prompts), 0, dtype=torch.float64)]
-    for reward in rewards:
-        if isinstance(reward, HasParts):
-            names += [f"{reward.name}.{part}" for part in reward.part_names]
-            if prompts:
-                columns.append(reward.parts(videos.float() / 255, prompts).double().cpu())
-    if not prompts:
-        return tuple(names), torch.zeros(0, len(names), dtype=torch.float64)
-    return tuple(names), torch.cat(columns, dim=1)
+def _distances(videos: Tensor, broken: Tensor) -> Tensor:
+    """[P] mean RMS distance between the samples of different seeds, without broken ones.
 
-
-def _distances(videos: Tensor) -> Tensor:
-    """[P] mean RMS distance between the samples of different seeds; videos [P, S, ...] uint8."""
-    flat = videos.flatten(2).float() / 255
-    pairs = [(i, j) for i in range(flat.shape[1]) for j in range(i)]
-    if not pairs:
-        return torch.full((len(flat),), torch.nan, dtype=torch.float64)
-    rms = [(flat[:, i] - flat[:, j]).square().mean(dim=1).sqrt() for i, j in pairs]
-    return torch.stack(rms).mean(dim=0).double()
+    Args:
+        videos: [P, S, ...] uint8.
+        broken: [P, S] bool: samples whose pixels were no numbers.
+    """
+    found = torch.full((len(videos),), torch.nan, dtype=torch.float64)
+    for p, group in enumerate(videos):  # One at a time: all of them as floats may not fit.
+        flat = group[~broken[p]].flatten(1).float() / 255
+        pairs = [(i, j) for i in range(len(flat)) for j in range(i)]
+        rms = [(flat[i] - flat[j]).square().mean().sqrt() for i, j in pairs]
+        if rms:
+            found[p] = torch.stack(rms).mean()
+    return found

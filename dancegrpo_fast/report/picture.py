@@ -37,8 +37,9 @@ def write_picture(
     grid = figure.add_gridspec(len(prompts), 3, width_ratios=(1.15, 1, 1))
     axes = figure.add_subplot(grid[:, 0])
     axes.plot(*zip(*training, strict=True), color="#8a94a6", lw=1.2, label="training")
-    x, y = zip(*held_out, strict=True)
-    axes.errorbar(x, y, errors, color="#2f81f7", lw=2, marker="o", capsize=4, label="held out")
+    if held_out:  # None where no evaluation had a score.
+        x, y = zip(*held_out, strict=True)
+        axes.errorbar(x, y, errors, color="#2f81f7", lw=2, marker="o", capsize=4, label="held out")
     axes.set(xlabel="iteration", ylabel="mean reward")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
@@ -49,7 +50,9 @@ def write_picture(
             cell.imshow(_strip(clips[row]), interpolation="nearest")
             cell.set_axis_off()
             title = ("before", "after")[column - 1] if row == 0 else ""
-            cell.set_title(f"{title}\n{prompt}" if column == 1 else title, fontsize=8, loc="left")
+            told = f"{title}\n{prompt}" if column == 1 else title
+            # A prompt with dollar signs is no formula.
+            cell.set_title(told, fontsize=8, loc="left", parse_math=False)
     figure.savefig(path)
     return path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.report.audit import Finding, audit
 from dancegrpo_fast.report.curves import points
 from dancegrpo_fast.report.evaluate import Difference, Evaluation
-from dancegrpo_fast.report.metrics import read_metrics
+from dancegrpo_fast.report.metrics import plain, read_metrics
 from dancegrpo_fast.report.picture import write_picture
 from dancegrpo_fast.report.record import spread
 
@@ -109,7 +108,8 @@ def write_summary(outcome: Outcome, folder: Path) -> Path:
     }
     path = folder / "summary.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(plain(values), indent=2, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
 
@@ -126,17 +126,9 @@ def write_audit(result: HeldOutResult, folder: Path) -> list[Finding]:
         },
         trained_on=[n for n, weight in zip(names, result.weights, strict=True) if weight],
     )
-    rows = [
-        asdict(finding) | {"base": _finite(finding.base), "trained": _finite(finding.trained)}
-        for finding in found
-    ]
-    text = json.dumps(rows, indent=2, allow_nan=False)
+    text = json.dumps(plain([asdict(finding) for finding in found]), indent=2, allow_nan=False)
     (folder / "audit.json").write_text(text + "\n", encoding="utf-8")
     return found
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no word for the others.
 
 
 def write_still(result: HeldOutResult, folder: Path) -> Path:

@@ -75,11 +75,13 @@ class RunFiles:
         lines, times = (_lines(folder / f"{name}.jsonl") for name in ("metrics", "times"))
         summary = _json(folder / "summary.json")
         done = max((int(line["iteration"] or 0) for line in lines), default=0)
+        findings = _json(folder / "audit.json") or []
         if summary is not None and not summary["iterations"] == config.iterations == done:
-            summary = None  # Of the end that a run had before it was resumed to go further.
+            # Of the end that a run had before it was resumed to go further.
+            summary, findings = None, []
         return cls(
             folder, config, recipe.read_text(encoding="utf-8"), lines, times,
-            _comparable(read_records(folder), done), _json(folder / "audit.json") or [], summary,
+            _comparable(read_records(folder), done), findings, summary,
         )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ class GenEval(WithWeights, SpecReward):
         """See `SpecReward.spec`."""
         if not metadata.get("include"):
             raise ValueError("its prompt's metadata have no GenEval `include`")
-        for clause in [*metadata["include"], *metadata.get("exclude", [])]:
+        for clause in [*metadata["include"], *(metadata.get("exclude") or ())]:
             if not isinstance(clause, Mapping):
                 raise ValueError(f"GenEval: clause {clause!r} is no mapping")
             name, count = clause.get("class"), clause.get("count")
@@ -246,7 +246,7 @@ def correct(
         matched.append(found if good else None)
     too_many = any(
         len(things.get(clause["class"], ())) >= clause["count"]
-        for clause in spec.get("exclude", ())
+        for clause in spec.get("exclude") or ()
     )
     return not too_many and all(found is not None for found in matched)
 

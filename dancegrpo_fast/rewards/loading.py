@@ -62,7 +62,7 @@ def load_rewards(
     for index, (config, (make, given, part)) in enumerate(zip(configs, found, strict=True)):
         field, key = f"rewards.{index}", f"{config.name.rpartition('.')[0]} {given}"
         if part is not None and key in shared:
-            rewards.append(_combined(Part(shared[key], part), config))
+            rewards.append(_combined(Part(shared[key], part), config, field))
             continue
         inner = _built(make, given, config, field)
         longest = deadline(inner)
@@ -79,7 +79,7 @@ def load_rewards(
             assert isinstance(inner, HasParts)  # _find has looked the part up.
             shared[key] = SharedParts(inner)
             inner = Part(shared[key], part)
-        rewards.append(_combined(inner, config))
+        rewards.append(_combined(inner, config, field))
     return rewards
 
 
@@ -190,13 +190,14 @@ def _built(
     return reward
 
 
-def _combined(inner: Reward | Judge, config: RewardConfig) -> Reward:
+def _combined(inner: Reward | Judge, config: RewardConfig, field: str) -> Reward:
     """Frames first, then the comparison, then the threshold."""
     reward: Any = inner
     if config.frames is not None:
         if isinstance(inner, Judge):
             raise UserError(
-                f"frames = {config.frames}: {config.name} compares whole samples; leave it out"
+                f"{field}.frames = {config.frames}: {config.name} compares whole samples; leave it "
+                "out"
             )
         reward = OnFrames(reward, config.frames)
     if config.win_rate is not None:

@@ -49,10 +49,12 @@ def search(
         preview_all: Preview also the candidates that all go on: training wants every value.
 
     Raises:
-        ValueError: Settings that do not fit the schedule or the noise, values of another shape, or
-            a tree whose candidates or samples all failed (NaN).
+        ValueError: Settings that do not fit the schedule or the noise, no weight that ranks, values
+            of another shape, or a tree whose candidates or samples all failed (NaN).
     """
     settings.check(sampler.schedule)
+    if not any(weights):
+        raise ValueError(f"weights = {list(weights)}: all are 0; give one that ranks a weight")
     if sampler.level == 0 and settings.steps[-1] > ROOT_STEP:
         raise ValueError(
             "noise_level = 0: every candidate of a state would be the same; set it above 0"

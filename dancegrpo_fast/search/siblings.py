@@ -61,8 +61,8 @@ def sibling_credit(
     """Advantages among the candidates of each searched state, for `build_updates`.
 
     A group's rewards are its K previews: one kind of value for all of them, those that went on
-    included. A candidate without a score enters no statistic and is not trained, nor is one all of
-    whose own candidates failed.
+    included. A candidate without a score enters no statistic and is not trained, nor is what lies
+    below it where it went on all the same; nor is one all of whose own candidates failed.
 
     Args:
         plan: Of `training_trees`.
@@ -94,7 +94,7 @@ def sibling_credit(
     values[:, groups] = found.values.reshape(*rewards.shape[:3], -1)
     scored = np.ones((trees, count), dtype=bool)
     scored[:, groups] = found.valid.reshape(rewards.shape[:3])
-    valid = scored[:, [edges[-1] for edges in plan.leaf_edges]]
+    valid = np.stack([scored[:, edges].all(axis=1) for edges in plan.leaf_edges], axis=1)
     leaves = np.zeros((*valid.shape, len(found.weights)))
     return LeafAdvantages(leaves, found.weights, valid, found.zero_variance), values
 

@@ -142,9 +142,9 @@ class ForwardUpdater(Stepping):
         found = [[Fixed() for _ in update.calls] for update in updates]
         every = [(p, n, c) for p, update in enumerate(updates) for n, c in enumerate(update.calls)]
         if self.keeps_old:
-            with torch.no_grad(), self.policy.as_old():
+            with torch.no_grad(), self.policy.as_old(), self.engine.by_forward() as networks:
                 for position, number, call in every:
-                    output = self._output(self.engine.modules[call.module], self.rows(call))
+                    output = self._output(networks[call.module], self.rows(call))
                     found[position][number] = Fixed(old_output=output)
         if self.recomputes():
             for position, number, call in every:

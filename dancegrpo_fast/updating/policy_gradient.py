@@ -163,9 +163,17 @@ def old_log_prob_mode(config: RunConfig) -> str:
 
 
 def _means(totals: Tensor, ratio_norm: bool) -> dict[str, float]:
-    """Means over trained transitions of the additive sums that `policy_loss` returns."""
+    """Means over trained transitions of the additive sums that `policy_loss` returns.
+
+    What enters with a weight, the number of samples that share a transition, is a mean over those
+    samples, as in the loss: a steered KL must not depend on how much of a tree is shared.
+    """
     sums = dict(zip(POLICY_METRICS, totals.tolist(), strict=True))
-    count = max(sums.pop("children"), 1.0)
+    count, weight = max(sums.pop("children"), 1.0), sums["weight"] or 1.0
     if not ratio_norm:
         del sums["old_distance"]  # Without an old output it is always 0.
-    return {f"policy/{name}": value / count for name, value in sums.items()}
+    weighted = ("policy", "kl", "old_distance")
+    return {
+        f"policy/{name}": value / (weight if name in weighted else count)
+        for name, value in sums.items()
+    }

@@ -52,6 +52,7 @@ CUP = {"class": "cup", "count": 1}
         (3, 2, [], [0.5], True),
         (3, 2, [{"class": "cup", "count": 3}], [0.5], False),
         (5, 1, [], [-3.0], True),
+        (1, 1, None, [1.0], True),  # As a table without a value in its column is read.
     ],
 )
 def test_counts(found, count, exclude, values, benchmark):

@@ -110,7 +110,7 @@ def test_options_reach_the_reward(custom):
 )  # fmt: skip
 def test_one_line_with_field_value_and_way_out(custom, settings, line):
     (found,) = refused(settings)
-    assert line in found and found.startswith("rewards.0.") or "frames" in settings
+    assert line in found and found.startswith("rewards.0.")
 
 
 def test_all_problems_come_together(custom):
