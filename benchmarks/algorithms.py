@@ -124,7 +124,7 @@ class Shape(_Part):
 
 
 class Meter:
-    """Model evaluations of a network: rows of its forwards, three times where one is trained."""
+    """Model evaluations of a network: rows of its forwards, each three times if one is trained."""
 
     def __init__(self, module: nn.Module) -> None:
         self.evaluations = 0
@@ -144,7 +144,8 @@ class Run:
 
     def __init__(self, config: RunConfig) -> None:
         self.trainer = Trainer(config, World(0, 1, torch.device("cpu")))
-        self.meters = [Meter(network) for network in self.trainer.engine.modules.values()]
+        networks = (*self.trainer.engine.modules.values(), *self.trainer.policy.frozen.values())
+        self.meters = [Meter(network) for network in networks]
         self.judge = load_rewards([RewardConfig(name="moving_shape")], torch.device("cpu"))
         self.seconds = 0.0
 
