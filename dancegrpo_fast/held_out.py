@@ -166,7 +166,7 @@ class HeldOut:
         values = {
             "evaluation/reward": difference.trained,
             "evaluation/standard_error": difference.standard_error,
-            "evaluation/diversity": float(found.distances.mean()),
+            "evaluation/diversity": found.diversity,
         }
         for column, name in enumerate(found.names):
             scores = found.scores[..., column]

@@ -148,6 +148,7 @@ def draw_trees(
         for batch in micro_batches(sorted(front), batch_size, lambda place: kinds[place[0]]):
             fan = Fan.of(batch, [[c for c in plan.children[s] if c in held[p]] for p, s in batch])
             latents = torch.stack([front[place] for place in batch])
+            drawn.batches.append(batch)
             output = evaluate(family, modules[names[step]], plan, conditions, batch, latents)
             sampled = sample_transition(
                 output,

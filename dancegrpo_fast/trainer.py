@@ -50,7 +50,7 @@ from dancegrpo_fast.timesteps import edge_weights
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
 from dancegrpo_fast.tree import TreePlan
-from dancegrpo_fast.updating import RewardUpdater, make_updater
+from dancegrpo_fast.updating import Iteration, RewardUpdater, make_updater
 
 logger = logging.getLogger(__name__)
 
@@ -309,10 +309,10 @@ class Trainer:
                 bar.update(count)
                 self.stopping.ask(until=NOW)  # A begun update phase is finished if time allows.
 
-            return self.updater.run(
-                updates, drawn, conditions, advantages.weights, self.sampled_with, after_call,
-                iteration=self.done, prompts=prompts,
-            )  # fmt: skip
+            given = Iteration(
+                self.done, prompts, conditions, drawn, advantages.weights, self.sampled_with
+            )
+            return self.updater.run(updates, given, after_call)
 
     @contextmanager
     def untrained(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ class Trajectories:
         log_prob: Log-prob (0-d) of every stochastic edge drawn here, as the rollout saw it.
         outputs: Model outputs [C, F, H, W] at states with a trained child, where they are asked
             for.
+        batches: The states of each forward of the rollout.
         device: Where latents and outputs are wanted, while they are stored in host memory; None:
             they stay where they are made.
     """
@@ -38,6 +39,7 @@ class Trajectories:
     latents: dict[Place, Tensor] = field(default_factory=dict)
     log_prob: dict[Place, Tensor] = field(default_factory=dict)
     outputs: dict[Place, Tensor] = field(default_factory=dict)
+    batches: list[list[Place]] = field(default_factory=list)
     device: torch.device | None = None
 
     def stack(self, places: Sequence[Place]) -> Tensor:
@@ -87,6 +89,7 @@ class Trajectories:
             other.latents | self.latents,
             other.log_prob | self.log_prob,
             other.outputs | self.outputs,
+            self.batches + other.batches,
             self.device,
         )
 

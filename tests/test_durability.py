@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from tiny_models import CPU, tiny_config, tiny_recipe
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from dancegrpo_fast import checkpoint
 from dancegrpo_fast.config import CheckpointConfig, Interrupted, UserError
@@ -93,21 +95,52 @@ class Runs:
         return os.mkdir, ("ran",)
 
 
-def test_a_snapshot_of_somebody_else_runs_nothing(tmp_path, monkeypatch):
-    """torch's own reader unpickles its table; hashes say that a file is whole, not whose it is."""
+def forged(folder: Path, changed: bytes) -> None:
+    """Another table under `.metadata`, with a manifest that vouches for it."""
+    table, manifest = folder / ".metadata", folder / "manifest.json"
+    table.write_bytes(changed)
+    fields = json.loads(manifest.read_text())
+    del fields["sha256"]
+    entry = {"bytes": len(changed), "sha256": checkpoint.file_hash(table)}
+    fields["files"][".metadata"] = entry
+    manifest.write_text(json.dumps(fields | {"sha256": checkpoint._own_digest(fields)}))
+
+
+@pytest.mark.parametrize("where", ["in the table", "behind an entry of the table"])
+def test_a_snapshot_of_somebody_else_runs_nothing(tmp_path, monkeypatch, where):
+    """torch's own reader unpickles its table, and whatever an entry that is no tensor names.
+
+    Hashes say that a file is whole, not whose it is.
+    """
     monkeypatch.chdir(tmp_path)
     one = saver(tmp_path)
     one.save(snapshot(1))
     one.finish()
     folder = tmp_path / "iteration-000001"
-    table, manifest = folder / ".metadata", folder / "manifest.json"
-    table.write_bytes(pickle.dumps(Runs()))
-    fields = json.loads(manifest.read_text())
-    del fields["sha256"]
-    size = table.stat().st_size
-    fields["files"][".metadata"] = {"bytes": size, "sha256": checkpoint.file_hash(table)}
-    manifest.write_text(json.dumps(fields | {"sha256": checkpoint._own_digest(fields)}))
-    with pytest.raises(UserError, match=r"is not torch's \(posix.mkdir\): nothing of it was run"):
+    if where == "in the table":
+        forged(folder, pickle.dumps(Runs()))
+        named = "posix.mkdir"
+    else:
+        table = pickle.loads((folder / ".metadata").read_bytes())
+        ((name, tensor),) = table.state_dict_metadata.items()
+        bytes_entry = BytesStorageMetadata()
+        bytes_entry.size = tensor.size  # So that it passes for the tensor.
+        table.state_dict_metadata[name] = bytes_entry
+        ((index, place),) = table.storage_data.items()
+        file = folder / place.relative_path
+        torch.save(Runs(), file)
+        info = dataclasses.replace(place, offset=0, length=file.stat().st_size)
+        table.storage_data = {MetadataIndex(index.fqn): info}
+        forged(folder, pickle.dumps(table))
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["sha256"]
+        manifest["files"][file.name] = {
+            "bytes": file.stat().st_size, "sha256": checkpoint.file_hash(file),
+        }  # fmt: skip
+        manifest["sha256"] = checkpoint._own_digest(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        named = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
+    with pytest.raises(UserError, match=rf"is not torch's \({named}\): nothing of it was run"):
         loaded(tmp_path)
     assert not (tmp_path / "ran").exists()
 

@@ -167,6 +167,21 @@ def test_samples_that_are_drawn_again_are_the_same(tmp_path, tiny_wan_folder, ch
     assert_same(kept, redrawn)
 
 
+def test_forwards_are_remembered_as_they_were_made(tmp_path, tiny_wan_folder):
+    """The ratio gate repeats one of them; prompts that were drawn apart never shared one."""
+    config = tiny_config(tmp_path, tiny_wan_folder, {"rollout.batch_size": 8})
+    trainer = Trainer(config, CPU)
+    plan, conditions = trainer.plan(0), trainer.embeddings.conditions(trainer.prompts.prompts[:2])
+    apart = [np.where(np.arange(2)[:, None] == p, trainer.owner, -1) for p in range(2)]
+    first, second = (trainer.sample(plan, conditions, owner) for owner in apart)
+    drawn = first.joined(second)
+    inner = {(p, s.index) for p in range(2) for s in plan.states if plan.children[s.index]}
+    assert sorted(place for batch in drawn.batches for place in batch) == sorted(inner)
+    assert all(len({p for p, _ in batch}) == 1 for batch in drawn.batches)
+    whole = trainer.sample(plan, conditions)
+    assert any(len({p for p, _ in batch}) == 2 for batch in whole.batches)
+
+
 def test_in_larger_batches_they_agree_up_to_rounding(tmp_path, tiny_wan_folder):
     """float32 through 3 steps of a tiny network: latents of size 1 within 1e-5."""
     changes = POOL | {"rollout.batch_size": 4}

@@ -117,15 +117,15 @@ def test_the_trainer_compares_with_the_output_of_the_rollout(
     loss, drifts, outputs = updating.policy_gradient_loss, [], {}
     draw = updating.Updater.run
 
-    def run(self, updates, drawn, *rest, **named):
+    def run(self, updates, given, *rest):
         # What the rollout saw, asked again with the weights of the rollout.
         for update in updates:
             for call in update.calls:
                 fan = Fan.of_call(call)
                 module = self.engine.modules[call.module]
-                now = recompute(fan, drawn, rest[0], self.family, module)
+                now = recompute(fan, given.drawn, given.conditions, self.family, module)
                 outputs.update(zip(fan.places, now.output, strict=True))
-        return draw(self, updates, drawn, *rest, **named)
+        return draw(self, updates, given, *rest)
 
     def checked(call, drawn, *arguments, **options):
         result = loss(call, drawn, *arguments, **options)

@@ -23,6 +23,7 @@ from dancegrpo_fast.rewards import SampleReward
 from dancegrpo_fast.trainer import Trainer
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
+from dancegrpo_fast.updating import Iteration
 from dancegrpo_fast.updating.reward_gradient import (
     RewardUpdater,
     chain_update,
@@ -123,6 +124,7 @@ def hand_sized(tmp_path, box, **changes) -> SimpleNamespace:
     updater = RewardUpdater(config, family, stub, stub, CPU)  # type: ignore[arg-type]
     updater.use([Curved()])
     prompts = [Prompt("one"), Prompt("two")]
+    given = Iteration(0, prompts, conditions, drawn, np.ones(1), None)
     return SimpleNamespace(**locals())
 
 
@@ -167,9 +169,7 @@ def test_step_by_step_is_the_gradient_through_the_whole_graph(tmp_path, box, cha
     case = hand_sized(tmp_path, box, **changes)
     valid = np.array([[True, True, False], [True, True, True]])
     updates = case.updater.schedule(case.plan, valid, case.owner)
-    metrics = case.updater.run(
-        updates, case.drawn, case.conditions, np.ones(1), None, iteration=0, prompts=case.prompts
-    )
+    metrics = case.updater.run(updates, case.given)
     limit = changes.get("loss.reward_limit")
     expected = through_the_graph(case, valid, limit)
     for parameter, gradient in zip(case.network.parameters(), expected, strict=True):
@@ -191,9 +191,7 @@ def test_calls_of_zero_weight_add_nothing(tmp_path) -> None:
         micro_batch_size=1,
     )  # fmt: skip
     assert sum(item.weights[0] == 0 for call in updates[0].calls for item in call.items) == 3
-    case.updater.run(
-        updates, case.drawn, case.conditions, np.ones(1), None, iteration=0, prompts=case.prompts
-    )
+    case.updater.run(updates, case.given)
     expected = through_the_graph(case, owner == 2, None)
     for parameter, gradient in zip(case.network.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, gradient / 6, rtol=1e-10, atol=1e-14)
@@ -210,9 +208,7 @@ def test_gradients_are_let_go_of_behind_the_front(tmp_path, monkeypatch) -> None
     monkeypatch.setattr("dancegrpo_fast.updating.reward_gradient.step_loss", counted)
     valid = np.array([[True, True, False], [True, True, True]])
     updates = case.updater.schedule(case.plan, valid, case.owner)
-    case.updater.run(
-        updates, case.drawn, case.conditions, np.ones(1), None, iteration=0, prompts=case.prompts
-    )
+    case.updater.run(updates, case.given)
     assert len(held) == 10 and max(held) == 5
 
 

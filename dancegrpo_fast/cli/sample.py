@@ -16,6 +16,7 @@ from dancegrpo_fast.cli.searching import add_arguments, pixel_values, search_all
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
 
     from dancegrpo_fast.config import RewardConfig, RunConfig
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         if family.needs_image:
             PromptSet(tuple(prompts)).need_images("--prompts")
         chosen = _chosen_rewards(args, config)
+        if args.best_of and not any(reward.weight for reward in chosen):
+            raise UserError("--best-of: every reward has weight 0, so none is best; give --reward")
         rewards, weights = load_rewards(chosen, family.device), [r.weight for r in chosen]
         settings = EvaluationConfig(
             seeds=count, seed=args.seed, batch_size=config.evaluation.batch_size
@@ -122,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
             if search is None:
                 plain = draw_all(family, pipeline, prompts, settings, steps)
                 cost = SearchCost(count * steps, previews=0, reward_calls=count)
-                drawn = _scored(plain, prompts, rewards, cost, fps=args.fps)
+                drawn = _scored(plain, prompts, rewards, cost, args.fps, family.device)
             else:
                 drawn = search_all(
                     family, pipeline, prompts, rewards, config, search, weights=weights,
@@ -259,12 +262,12 @@ def _scored(
     prompts: Sequence[Prompt],
     rewards: Sequence[Reward],
     cost: SearchCost,
-    *,
     fps: float,
+    device: torch.device,
 ) -> Iterator[tuple[Tensor, np.ndarray, SearchCost]]:
     """Plain samples as `search_all` gives searched ones."""
     for prompt, videos in zip(prompts, drawn, strict=True):
-        yield videos, pixel_values(rewards, videos, prompt, fps), cost
+        yield videos, pixel_values(rewards, videos, prompt, fps, device), cost
 
 
 def _keep(

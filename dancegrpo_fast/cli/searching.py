@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
 
     from dancegrpo_fast.config import RunConfig
@@ -69,10 +71,16 @@ def settings_of(args: argparse.Namespace) -> SearchSettings | None:
 
 
 def pixel_values(
-    rewards: Sequence[Reward], videos: Tensor, prompt: Prompt, fps: float | None
+    rewards: Sequence[Reward],
+    videos: Tensor,
+    prompt: Prompt,
+    fps: float | None,
+    device: torch.device,
 ) -> np.ndarray:
     """[n, R] rewards of a prompt's samples [n, F, 3, H, W] uint8, NaN where one failed."""
     import numpy as np
+
+    from dancegrpo_fast.report.evaluate import stays_on_cpu
 
     if not rewards:
         return np.zeros((len(videos), 0))
@@ -85,7 +93,11 @@ def pixel_values(
     samples = Samples(
         videos.float() / 255, [prompt.text] * n, fps=rate, metadata=[prompt.metadata] * n
     )
-    columns = [attempt(reward, samples).values.double().numpy() for reward in rewards]
+    moved = replace(samples, videos=samples.videos.to(device))
+    columns = [
+        attempt(reward, samples if stays_on_cpu(reward) else moved).values.double().numpy()
+        for reward in rewards
+    ]
     return np.stack(columns, axis=1)
 
 
@@ -157,7 +169,7 @@ def search_all(
 
             def score(latents: Tensor, trees: Sequence[int], prompt: Prompt = prompt) -> np.ndarray:
                 videos, finite = pixels(latents)
-                values = pixel_values(rewards, videos, prompt, fps)
+                values = pixel_values(rewards, videos, prompt, fps, family.device)
                 values[~finite.numpy()] = np.nan  # 8 bits have none: it would be a black sample.
                 return values
 

@@ -7,19 +7,19 @@ stale weights, other guidance, a perturbed adapter. The gate measures it on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast.batching import Call, Item, micro_batches
+from dancegrpo_fast.batching import Call, Item
 from dancegrpo_fast.config import LossConfig, UserError
 from dancegrpo_fast.losses.policy_gradient import recompute_log_prob
 from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.policy import Policy
-from dancegrpo_fast.trajectories import Fan, Place, Trajectories
+from dancegrpo_fast.trajectories import Fan, Trajectories
 
 
 class RatioGateError(UserError):
@@ -134,7 +134,6 @@ def explain_gap(
     family: Family,
     network: nn.Module,
     *,
-    batch_size: int,
     limit: float,
 ) -> str:
     """Re-run the state of the largest gap in the rollout's batch shape: is that the reason?"""
@@ -142,7 +141,7 @@ def explain_gap(
     if largest <= limit:
         return f"this process measured {largest:.2e} at most; the gap is in another one's samples"
     plan = drawn.plan
-    batch = _rollout_batch(drawn, (item.prompt, item.state), batch_size, conditions.kinds)
+    batch = next(batch for batch in drawn.batches if (item.prompt, item.state) in batch)
     drawn_children = [[c for c in plan.children[s] if (p, c) in drawn.log_prob] for p, s in batch]
     fan = Fan.of(batch, drawn_children)
     new = recompute_log_prob(fan, drawn, conditions, family, network)
@@ -158,15 +157,3 @@ def explain_gap(
         f"the batch shape does not explain it: with the rollout's {shapes} the gap is still "
         f"{gap:.2e}; the weights or the conditions changed between rollout and training"
     )
-
-
-def _rollout_batch(
-    drawn: Trajectories, place: Place, batch_size: int, kinds: Sequence[int]
-) -> list[Place]:
-    """The states that shared the rollout's forward with `place`."""
-    states = drawn.plan.states
-    step = states[place[1]].step
-    sources = {(p, states[child].parent) for p, child in drawn.log_prob}
-    same = sorted(source for source in sources if states[source[1]].step == step)
-    batches = micro_batches(same, batch_size, lambda source: kinds[source[0]])
-    return next(batch for batch in batches if place in batch)

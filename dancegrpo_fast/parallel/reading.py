@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from dancegrpo_fast.config import UserError
 
 _DCP = "torch.distributed.checkpoint"
 _TABLES = {
     "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-    "TensorStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+    "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
 }  # fmt: skip
+# Not BytesStorageMetadata: torch unpickles what such an entry names, and a snapshot holds tensors.
 _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
 _ALLOWED = (
     {(f"{_DCP}.metadata", name) for name in _TABLES}
@@ -58,4 +59,7 @@ class Reader(dcp.FileSystemReader):
                 "snapshot"
             ) from None
         assert isinstance(found, Metadata)
-        return super().read_metadata(*args, **kwargs)
+        if found.storage_meta is None:
+            found.storage_meta = StorageMeta()
+        found.storage_meta.load_id = self.load_id  # As torch's own does with what it unpickled.
+        return found

@@ -60,6 +60,12 @@ class Evaluation:
         kept = np.array(weights) != 0
         return self.scores[..., kept] @ np.array(weights)[kept]
 
+    @property
+    def diversity(self) -> float:
+        """Mean distance over the prompts that have one; NaN without any, as with a single seed."""
+        known = self.distances[np.isfinite(self.distances)]
+        return float(known.mean()) if known.size else math.nan
+
     def save(self, path: Path) -> None:
         """Write a `.npz` without pickles."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ class HeldOutResult:
     def summary(self) -> dict[str, Any]:
         """Its part of `summary.json`."""
         total = self.difference()
-        base_distance, distance = self.base.distances.mean(), self.trained.distances.mean()
+        base, trained = self.base.diversity, self.trained.diversity
         return {
             "reward": {**asdict(total), "gain": total.gain},
             "prompts": len(self.prompts),
@@ -64,9 +65,9 @@ class HeldOutResult:
                 for name, found in self.measures().items()
             },
             "diversity": {
-                "base": float(base_distance),
-                "trained": float(distance),
-                "ratio": float(distance / base_distance),
+                "base": base,
+                "trained": trained,
+                "ratio": trained / base if base else math.nan,
             },
         }
 

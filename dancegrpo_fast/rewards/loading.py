@@ -84,9 +84,12 @@ def load_rewards(
 
 
 def deadline(reward: Any) -> float | None:
-    """Seconds that one call of a reward waits for its server; None for one in this process."""
-    pool = getattr(getattr(reward, "chat", reward), "pool", None)
-    return pool.seconds if isinstance(pool, Pool) else None
+    """Seconds that one call of a reward waits for its servers; None for one in this process."""
+    # A judge asks through its `chat`, and VisionReward another server for the `alignment`.
+    asked = (reward, getattr(reward, "chat", None), getattr(reward, "alignment", None))
+    pools = [getattr(one, "pool", None) for one in asked]
+    seconds = [pool.seconds for pool in pools if isinstance(pool, Pool)]
+    return sum(seconds) if seconds else None
 
 
 def arguments(make: Callable[..., Any], config: RewardConfig, field: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dancegrpo_fast.rewards import Reward
 from dancegrpo_fast.updating.forward_process import AwmUpdater, NftUpdater
 from dancegrpo_fast.updating.policy_gradient import Updater, old_log_prob_mode
 from dancegrpo_fast.updating.reward_gradient import RewardUpdater
+from dancegrpo_fast.updating.stepping import Iteration
 
 UPDATERS: dict[str, type[Updater | NftUpdater | AwmUpdater | RewardUpdater]] = {
     "policy_gradient": Updater,
@@ -42,4 +43,4 @@ def make_updater(
     return updater
 
 
-__all__ = ["UPDATERS", "RewardUpdater", "make_updater", "old_log_prob_mode"]
+__all__ = ["UPDATERS", "Iteration", "RewardUpdater", "make_updater", "old_log_prob_mode"]

@@ -8,11 +8,10 @@ noise) equally in all forwards of an iteration, which the keys of the noise guar
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,19 +25,16 @@ from dancegrpo_fast.losses.forward_process import (
     nft_call_loss,
     noised,
 )
-from dancegrpo_fast.losses.gate import ForwardSettings
-from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import Family, evaluate
 from dancegrpo_fast.ops import NFT_METRICS, POLICY_METRICS, PolicyLoss
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.engine import Engine
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
-from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.roles import Role
-from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.tree import TreePlan
-from dancegrpo_fast.updating.policy_gradient import Stepping, old_log_prob_mode
+from dancegrpo_fast.updating.policy_gradient import old_log_prob_mode
+from dancegrpo_fast.updating.stepping import Iteration, Stepping
 
 
 class Fixed(NamedTuple):
@@ -86,20 +82,14 @@ class ForwardUpdater(Stepping):
     def run(
         self,
         updates: list[Update],
-        drawn: Trajectories,
-        conditions: Conditions,
-        reward_weights: np.ndarray,
-        sampled_with: ForwardSettings,
+        given: Iteration,
         progress: Callable[[int], object] = lambda count: None,
-        *,
-        iteration: int,
-        prompts: Sequence[Prompt] = (),
     ) -> dict[str, float]:
-        """Run every update, then let the old policy follow; see `Updater.run`."""
-        self.drawn, self.conditions = drawn, conditions
-        self.leaf_of = leaf_of_states(drawn.plan)
-        self.noise_key = self.key.fold_in(iteration)
-        self.reward_weights = torch.from_numpy(reward_weights).to(self.world.device)
+        """See `Stepping.run`; afterwards the old policy follows."""
+        self.drawn, self.conditions = given.drawn, given.conditions
+        self.leaf_of = leaf_of_states(given.drawn.plan)
+        self.noise_key = self.key.fold_in(given.number)
+        self.reward_weights = torch.from_numpy(given.reward_weights).to(self.world.device)
         self.loss = self.config.loss.model_copy(update={"kl_weight": self.kl_weight})
         compared = self._before(updates)
         totals = torch.zeros(len(self.metric_names), dtype=torch.float64, device=self.world.device)
@@ -117,7 +107,7 @@ class ForwardUpdater(Stepping):
                 progress(1)
             norms += self._step(update)
         if self.keeps_old:
-            self.policy.update_old(old_decay(self.config.loss, iteration))
+            self.policy.update_old(old_decay(self.config.loss, given.number))
         self.world.all_reduce(totals, "sum")
         means = self._means(totals)
         steered = self.steer(means[f"{self.config.loss.kind}/kl"])

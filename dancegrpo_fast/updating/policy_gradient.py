@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dancegrpo_fast.batching import Update
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.losses.gate import (
-    ForwardSettings,
     RatioGate,
     explain_gap,
     forward_settings,
@@ -26,9 +24,8 @@ from dancegrpo_fast.ops import POLICY_METRICS
 from dancegrpo_fast.parallel.engine import Engine
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
-from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.trajectories import Fan, Trajectories
-from dancegrpo_fast.updating.stepping import Stepping
+from dancegrpo_fast.updating.stepping import Iteration, Stepping
 
 
 class Updater(Stepping):
@@ -43,27 +40,11 @@ class Updater(Stepping):
     def run(
         self,
         updates: list[Update],
-        drawn: Trajectories,
-        conditions: Conditions,
-        reward_weights: np.ndarray,
-        sampled_with: ForwardSettings,
+        given: Iteration,
         progress: Callable[[int], object] = lambda count: None,
-        *,
-        iteration: int = 0,
-        prompts: Sequence[Prompt] = (),
     ) -> dict[str, float]:
-        """Run every update; the ratio gate stands before the first optimizer step.
-
-        Args:
-            updates: The update schedule of this rank.
-            drawn: What this rank drew.
-            conditions: Of all prompts of the iteration.
-            reward_weights: [C] of the separately clipped objectives.
-            sampled_with: The settings of the rollout's forwards.
-            progress: Called with 1 after each call.
-            iteration: Counted from 0; not read here.
-            prompts: Of the iteration; not read here.
-        """
+        """See `Stepping.run`; the ratio gate stands before the first optimizer step."""
+        drawn, conditions = given.drawn, given.conditions
         gate = RatioGate(drawn.plan.schedule.steps, self.world.device)
         old, outputs = self._old_policy(updates, drawn, conditions, gate)
         totals = torch.zeros(len(POLICY_METRICS), dtype=torch.float64, device=self.world.device)
@@ -78,7 +59,7 @@ class Updater(Stepping):
                         call, drawn, conditions, self.family, self.policy, module,
                         loss,
                         divisor=update.divisor,
-                        reward_weights=reward_weights,
+                        reward_weights=given.reward_weights,
                         old_log_prob=old[position][number],
                         old_output=outputs[position][number],
                     )  # fmt: skip
@@ -90,7 +71,7 @@ class Updater(Stepping):
                     gate.record(call, drawn, result.log_prob)
                 progress(1)
             if position == 0:
-                metrics |= self._pass_gate(gate, drawn, conditions, sampled_with)
+                metrics |= self._pass_gate(gate, given)
             norms += self._step(update)
         self.world.all_reduce(totals, "sum")
         means = _means(totals, loss.ratio_norm)
@@ -128,13 +109,7 @@ class Updater(Stepping):
                     gate.record(call, drawn, values)
         return log_probs, outputs
 
-    def _pass_gate(
-        self,
-        gate: RatioGate,
-        drawn: Trajectories,
-        conditions: Conditions,
-        sampled_with: ForwardSettings,
-    ) -> dict[str, float]:
+    def _pass_gate(self, gate: RatioGate, given: Iteration) -> dict[str, float]:
         """Stop, on every rank, if training does not see the rollout's log-probs."""
         limit = gap_limit(self.config.loss, self.mode)
         largest, mean = gate.reduce(self.world.all_reduce)
@@ -145,12 +120,11 @@ class Updater(Stepping):
                 for name, network in networks.items():
                     if name == worst[1].module:
                         explanation = explain_gap(
-                            worst, drawn, conditions, self.family, network,
-                            batch_size=self.config.rollout.batch_size, limit=limit,
-                        )  # fmt: skip
+                            worst, given.drawn, given.conditions, self.family, network, limit=limit
+                        )
             size = self.config.loss.micro_batch_size
             now = forward_settings(self.family, self.policy, batch_size=size)
-            raise gap_report(largest, limit, self.mode, sampled_with, now, explanation)
+            raise gap_report(largest, limit, self.mode, given.sampled_with, now, explanation)
         return {"gate/max_gap": float(largest.max()), "gate/mean_gap": float(mean.max())}
 
 

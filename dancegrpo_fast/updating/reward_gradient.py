@@ -17,14 +17,12 @@ from torch import Tensor
 
 from dancegrpo_fast.batching import Call, Item, Update, micro_batches
 from dancegrpo_fast.config import UserError
-from dancegrpo_fast.losses.gate import ForwardSettings
 from dancegrpo_fast.losses.reward_gradient import reward_gradient, step_loss
-from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import REWARDS, Reward, Samples, placed
 from dancegrpo_fast.trajectories import Place, Trajectories
 from dancegrpo_fast.tree import TreePlan
-from dancegrpo_fast.updating.stepping import Stepping
+from dancegrpo_fast.updating.stepping import Iteration, Stepping
 
 
 class RewardUpdater(Stepping):
@@ -69,25 +67,20 @@ class RewardUpdater(Stepping):
     def run(
         self,
         updates: list[Update],
-        drawn: Trajectories,
-        conditions: Conditions,
-        reward_weights: np.ndarray,
-        sampled_with: ForwardSettings,
+        given: Iteration,
         progress: Callable[[int], object] = lambda count: None,
-        *,
-        iteration: int = 0,
-        prompts: Sequence[Prompt] = (),
     ) -> dict[str, float]:
-        """Run the one update of `chain_update`; see `Updater.run`."""
+        """See `Stepping.run`; the one update of `chain_update`."""
+        drawn = given.drawn
         (update,) = updates
         losses = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        gradients = self._at_samples(update, drawn, prompts, losses)
+        gradients = self._at_samples(update, drawn, given.prompts, losses)
         first = min(drawn.plan.states[i.state].step for c in update.calls for i in c.items)
         for number, call in enumerate(update.calls):
             at_first = drawn.plan.states[call.items[0].state].step == first
             with self.engine.call(call.module, self.last(update, number)) as module:
                 loss, latents = step_loss(
-                    call, drawn, conditions, self.family, module, gradients, first=at_first
+                    call, drawn, given.conditions, self.family, module, gradients, first=at_first
                 )
                 self.engine.backward(call.module, loss)
             if latents is not None:

@@ -4,28 +4,53 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dancegrpo_fast.batching import Update
 from dancegrpo_fast.config import RunConfig, UserError
+from dancegrpo_fast.losses.gate import ForwardSettings
+from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.parallel.engine import Engine
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
+from dancegrpo_fast.prompt import Prompt
+from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.tree import TreePlan
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED = 3  # Updates in a row without a finite gradient before the run gives up.
 
 
-class Stepping:
-    """What all kinds of loss share: optimizer steps, and the weight of the KL.
+@dataclass(frozen=True)
+class Iteration:
+    """What an update phase is told of its iteration.
 
-    Each kind has `run`, which takes the arguments of `Updater.run` and returns metrics.
+    Attributes:
+        number: Counted from 0.
+        prompts: P prompts.
+        conditions: Theirs.
+        drawn: What this rank drew.
+        reward_weights: [C] of the separately clipped objectives.
+        sampled_with: The settings of the rollout's forwards.
+    """
+
+    number: int
+    prompts: Sequence[Prompt]
+    conditions: Conditions
+    drawn: Trajectories
+    reward_weights: np.ndarray
+    sampled_with: ForwardSettings
+
+
+class Stepping(ABC):
+    """What all kinds of loss share: optimizer steps, and the weight of the KL.
 
     Attributes:
         skipped: Updates in a row that had no finite gradient.
@@ -45,6 +70,21 @@ class Stepping:
         self.skipped = self.skipped_total = 0
         self.kl_weight = config.loss.kl_weight
         self.kl_average: float | None = None
+
+    @abstractmethod
+    def run(
+        self,
+        updates: list[Update],
+        given: Iteration,
+        progress: Callable[[int], object] = lambda count: None,
+    ) -> dict[str, float]:
+        """Run every update of this rank's schedule; returns metrics.
+
+        Args:
+            updates: The update schedule of this rank.
+            given: The iteration.
+            progress: Called with 1 after each call.
+        """
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
