@@ -1,14 +1,17 @@
 """Which algorithm learns most on the demo at equal cost? One row for each (algorithm, seed).
 
-Each algorithm is `recipes/demo.yaml` with the fields below changed, nothing tuned for it: the same
-prompts, samples an iteration, steps and learning rate. A run ends when it has no budget for another
-iteration. The budget is in model evaluations: a forward is 1 and a backward 2 a row, counted in the
-network itself; to decode and score a sample is 2.35, as `benchmarks/search.py` measured. Judged on
-the recipe's held-out prompts with the initial noise of the base, paired; standard errors are over
-prompts and do not know how much another training seed would change. Seconds are CPU seconds of
-one thread, without evaluation, so that other work on the machine hardly matters.
+Each algorithm is a recipe with a few fields changed (`algorithm_groups.py`), nothing tuned for it.
+A run ends when it has no budget for another iteration. The budget is in model evaluations: a
+forward is 1 and a backward 2 a row, counted in the network itself; what a sample costs outside it
+was measured (`algorithm_prices.py`). Judged on the recipe's held-out prompts with the initial noise
+of the base, paired; standard errors are over prompts and do not know how much another training seed
+would change. Seconds are CPU seconds of one thread, without evaluation, so that other work on the
+machine hardly matters.
 
-    python benchmarks/algorithms.py                     # a check: a quarter of the budget, seed 0
+Rows of an uncommitted state are run again, and --full appends none of them: commit first (results
+may be uncommitted).
+
+    python benchmarks/algorithms.py                     # a check: a small budget, seed 0
     python benchmarks/algorithms.py --full              # appends rows that are not there yet
     python benchmarks/algorithms.py --full --seeds 1 2 --only MixGRPO "DiffusionNFT"
     python benchmarks/algorithms.py --table             # what is there, for docs/algorithms.md
@@ -16,8 +19,10 @@ one thread, without evaluation, so that other work on the machine hardly matters
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +31,10 @@ from typing import Any
 import numpy as np
 import timing
 import torch
+from algorithm_groups import GROUPS, TARGET, Group, group_of
 from torch import Tensor, nn
 
-from dancegrpo_fast.config import RewardConfig, RunConfig, load_config
+from dancegrpo_fast.config import RewardConfig
 from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.report.evaluate import Difference, Evaluation, evaluate
@@ -36,68 +42,11 @@ from dancegrpo_fast.rewards import load_rewards
 from dancegrpo_fast.rewards.moving_shape import MovingShape
 from dancegrpo_fast.trainer import Trainer
 
-RECIPE = timing.ROOT / "recipes" / "demo.yaml"
 RESULTS = timing.ROOT / "benchmarks" / "results" / "algorithms_cpu.jsonl"
-FULL, SHORT = 36_000, 9_000  # Model evaluations of a run, scoring included.
-SCORING = 2.35  # To decode and score a sample, in model evaluations.
 LOOKS = 6  # Held-out evaluations of a full run, at equal parts of its budget.
-TARGET = 0.03  # Gain whose cost is reported as "seconds to".
 
-CHAINS = "rollout.tree={kind: independent_roots}"
-FLOW_GRPO = (
-    "rollout.dynamics=flow", CHAINS, "rollout.final=sample", "advantage.std=biased",
-    "advantage.scope=batch_std",
-)  # fmt: skip
-ALGORITHMS: dict[str, tuple[str, ...]] = {
-    "DanceGRPO": (
-        "rollout.dynamics=dance", "rollout.noise_level=0.3", "rollout.tree={kind: shared_root}",
-        "loss.timestep_fraction=0.6",
-    ),
-    "best-of-n": ("advantage.best_of_n=8",),
-    "GDPO": (
-        "rewards=[{name: benchmarks/algorithms.py:Colour}, "
-        "{name: benchmarks/algorithms.py:Direction}, {name: benchmarks/algorithms.py:Shape}]",
-        "advantage.batch_normalise=true",
-    ),
-    "Flow-GRPO": (*FLOW_GRPO, "loss.kl_weight=0.04", "loss.kl=flow_image"),
-    "Flow-GRPO-Fast": (
-        "rollout.dynamics=flow", "rollout.noise_level=0.8", "rollout.final=ode",
-        "advantage.std=biased", "advantage.scope=batch_std",
-    ),
-    "Flow-CPS": (),
-    "GRPO-Guard": (*FLOW_GRPO, "loss.ratio_norm=true", "loss.timestep_weights=inverse_dt"),
-    "MixGRPO": (
-        "rollout.dynamics=flow", "rollout.final=ode",
-        "rollout.tree={kind: window, window_size: 4, window_order: progressive, "
-        "window_iterations: 2}",
-    ),
-    "MixGRPO-Flash": (
-        "rollout.dynamics=flow", "rollout.final=ode",
-        "rollout.tree={kind: window, window_size: 4, window_order: progressive, "
-        "window_iterations: 2, flash: 0.4}",
-    ),
-    "TempFlow-GRPO": (
-        "rollout.dynamics=flow", "rollout.final=ode",
-        "rollout.tree={kind: trunk_with_branches, trunks: 2, branches: 4, "
-        "branch_steps: [0, 2, 4, 6]}",
-        "advantage.std=biased", "advantage.credit=siblings", "loss.timestep_weights=std",
-    ),
-    "BranchGRPO": (
-        "rollout.dynamics=dance", "rollout.noise_level=0.3",
-        "rollout.tree={kind: branch_points, branches: 2, branch_steps: [0, 1, 2, 3, 4], "
-        "noise_scale: 4.0}",
-        "advantage.credit=depth",
-    ),
-    "DiffusionNFT": (
-        "rollout.noise_level=0", CHAINS, "loss.kind=nft", "loss.timestep_fraction=0.3",
-    ),
-    "AWM": (
-        "rollout.noise_level=0", CHAINS, "loss.kind=awm", "loss.old_weight=1.0",
-        "loss.timestep_fraction=0.3",
-    ),
-}  # fmt: skip
 HEAD = (
-    "algorithm", "seeds", "gain", "s.e.", "gain / s.e.", "diversity", "iterations",
+    "algorithm", "seeds", "reward", "gain", "s.e.", "gain / s.e.", "diversity", "iterations",
     "evaluations", "with scoring", "CPU seconds", f"seconds to {TARGET:+g}",
 )  # fmt: skip
 
@@ -142,17 +91,19 @@ class Run:
         seconds: CPU seconds of its iterations so far.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, group: Group, name: str, seed: int, scratch: str) -> None:
+        config = group.config(name, seed, scratch)
+        self.price = group.price(config)
         self.trainer = Trainer(config, World(0, 1, torch.device("cpu")))
         networks = (*self.trainer.engine.modules.values(), *self.trainer.policy.frozen.values())
         self.meters = [Meter(network) for network in networks]
-        self.judge = load_rewards([RewardConfig(name="moving_shape")], torch.device("cpu"))
+        self.judge = load_rewards([RewardConfig(name=group.judge)], torch.device("cpu"))
         self.seconds = 0.0
 
     @property
     def cost(self) -> float:
         """Model evaluations so far, decoding and scoring included."""
-        return sum(meter.evaluations for meter in self.meters) + SCORING * self.scored
+        return sum(meter.evaluations for meter in self.meters) + self.price * self.scored
 
     @property
     def scored(self) -> int:
@@ -195,21 +146,20 @@ class Run:
         return found
 
 
-def recipe(name: str, seed: int, output: str) -> RunConfig:
-    """The demo's recipe with an algorithm's fields; `output` is scratch."""
-    return load_config(RECIPE, [*ALGORITHMS[name], f"seed={seed}", f"output={output}"])
+def commit() -> str:
+    """The commit that is measured, "+changes" if files differ from it; results may."""
+    name = timing.environment()["commit"].partition("+")[0]
+    status = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".")
+    done = subprocess.run(
+        (*status, ":!benchmarks/results"), cwd=timing.ROOT, capture_output=True, text=True
+    )
+    return name + "+changes" * (done.returncode != 0 or bool(done.stdout.strip()))
 
 
-def recipe_hash(name: str, budget: float) -> str:
-    """Of all that a row depends on but its seed: fields that are given, not defaults of others."""
-    given = recipe(name, 0, "scratch").model_dump(mode="json", exclude_unset=True)
-    text = json.dumps([given, budget, SCORING], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def measure(name: str, seed: int, budget: float, looks: int, scratch: str) -> dict[str, Any]:
+def measure(group: Group, name: str, seed: int, *, full: bool, scratch: str) -> dict[str, Any]:
     """One run from base to budget; returns its row."""
-    run = Run(recipe(name, seed, scratch))
+    budget, looks = (group.budget[0], LOOKS) if full else (group.budget[1], 1)
+    run = Run(group, name, seed, scratch)
     base = run.held_out()
     curve: list[tuple[int, float, float]] = []
 
@@ -225,12 +175,16 @@ def measure(name: str, seed: int, budget: float, looks: int, scratch: str) -> di
     if not curve or curve[-1][0] != round(run.cost):
         last, found = look()
     record = timing.environment()
+    config = run.trainer.config
     return {
         "algorithm": name,
         "seed": seed,
+        "model": config.model.path,
+        "rewards": [reward.name for reward in config.rewards],
+        "judge": group.judge,
         "budget": budget,
-        "recipe": recipe_hash(name, budget),
-        "changed": list(ALGORITHMS[name]),
+        "recipe": group.hash(name, budget),
+        "changed": list(group.algorithms[name]),
         "base": found.base,
         "trained": found.trained,
         "gain": found.gain,
@@ -239,35 +193,41 @@ def measure(name: str, seed: int, budget: float, looks: int, scratch: str) -> di
         "iterations": run.trainer.done,
         "model_evaluations": sum(meter.evaluations for meter in run.meters),
         "scored": run.scored,
+        "price_of_a_sample": run.price,
         "cpu_seconds": run.seconds,
         "seconds_to_target": next((s for _, s, gain in curve if gain >= TARGET), None),
         "curve": curve,
-        **{key: record[key] for key in ("date", "commit", "torch", "native", "cpu")},
+        **{key: record[key] for key in ("date", "torch", "native", "cpu")},
+        "commit": commit(),
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]], budget: float) -> list[list[str]]:
-    """A line for each algorithm, the best first; means over the seeds there are.
+def table(rows: Sequence[Mapping[str, Any]], group: Group, *, full: bool = True) -> list[list[str]]:
+    """A line for each algorithm of a group, the best first; means over the seeds there are.
 
-    The standard error of several seeds is that of the mean of independent runs on the same prompts.
+    Of two rows of one recipe and seed the later one counts. The standard error of several seeds is
+    that of the mean of independent runs on the same prompts.
     """
     lines, missing = [], []
-    for name in ALGORITHMS:
-        own = [row for row in rows if row["recipe"] == recipe_hash(name, budget)]
+    for name in group.algorithms:
+        config, recipe = group.config(name, 0, "scratch"), group.hash(name, group.budget[not full])
+        seeds = {row["seed"]: row for row in rows if row["recipe"] == recipe}
+        own = [row for _, row in sorted(seeds.items())]
         if not own:
             missing.append([name, "not run", *[""] * (len(HEAD) - 2)])
             continue
         keys = (
-            "gain", "diversity", "iterations", "model_evaluations", "scored", "cpu_seconds"
+            "trained", "gain", "diversity", "iterations", "model_evaluations", "scored",
+            "cpu_seconds",
         )  # fmt: skip
         mean = {key: float(np.mean([row[key] for row in own])) for key in keys}
-        cost = mean["model_evaluations"] + SCORING * mean["scored"]
+        cost = mean["model_evaluations"] + group.price(config) * mean["scored"]
         error = float(np.sqrt(np.sum([row["standard_error"] ** 2 for row in own]))) / len(own)
         reached = [row["seconds_to_target"] for row in own if row["seconds_to_target"] is not None]
         to_target = f"{np.mean(reached):.0f}" if len(reached) == len(own) else "not reached"
-        seeds = ", ".join(str(row["seed"]) for row in sorted(own, key=lambda row: row["seed"]))
         line = [
-            name, seeds, f"{mean['gain']:+.3f}", f"{error:.4f}", f"{mean['gain'] / error:+.1f}",
+            name, ", ".join(map(str, sorted(seeds))), f"{mean['trained']:.3f}",
+            f"{mean['gain']:+.3f}", f"{error:.4f}", f"{mean['gain'] / error:+.1f}",
             f"{mean['diversity']:.2f}", f"{mean['iterations']:.0f}",
             f"{mean['model_evaluations']:.0f}", f"{cost:.0f}", f"{mean['cpu_seconds']:.0f}",
             to_target,
@@ -276,36 +236,52 @@ def table(rows: Sequence[Mapping[str, Any]], budget: float) -> list[list[str]]:
     return [line for _, line in sorted(lines, reverse=True)] + missing
 
 
+def print_tables(rows: Sequence[Mapping[str, Any]], *, full: bool) -> None:
+    """One table for each group."""
+    for group in GROUPS:
+        price = f"a scored sample being {group.scoring:g} of them"
+        if group.gradient:
+            price += f", and {group.gradient:g} more where the reward is differentiated"
+        print(f"\n{group.title}; {group.budget[not full]} model evaluations a run, {price}\n")
+        timing.print_table(HEAD, table(rows, group, full=full))
+
+
 def main() -> int:
-    """Fill rows, or run the short check; print the table."""
+    """Fill rows, or run the short check; print the tables."""
+    names = [name for group in GROUPS for name in group.algorithms]
     parser = timing.arguments(__doc__)
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
-    parser.add_argument("--only", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, metavar="ALGORITHM",
+        help="of the tables' first column; default: all",
+    )  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     args = parser.parse_args()
-    stored = args.full or args.table
-    budget, path = (FULL, args.json or RESULTS) if stored else (SHORT, args.json)
+    full = args.full or args.table
+    path = args.json or (RESULTS if full else None)
+    if args.full and path == RESULTS and commit().endswith("+changes"):
+        print("rows carry a commit, and files differ from it: commit first", file=sys.stderr)
+        return 2
     rows: list[dict[str, Any]] = []
-    if stored and path.is_file():
+    if full and path.is_file():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     torch.set_num_threads(1)
-    there = {(row["recipe"], row["seed"]) for row in rows}
+    there = {(r["recipe"], r["seed"]) for r in rows if not r["commit"].endswith("+changes")}
     with tempfile.TemporaryDirectory() as scratch:
-        for seed in () if args.table else args.seeds:
-            for name in args.only:
-                if (recipe_hash(name, budget), seed) in there:
-                    continue
-                changed = " ".join(ALGORITHMS[name]) or "the recipe"
-                print(f"{name}, seed {seed}: {changed}", flush=True)
-                row = measure(name, seed, budget, LOOKS if args.full else 1, scratch)
-                print(f"  {row['gain']:+.4f} +- {row['standard_error']:.4f}", flush=True)
-                rows.append(row)
-                if path:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with path.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-    print(f"{budget} model evaluations a run, a scored sample being {SCORING} of them")
-    timing.print_table(HEAD, table(rows, budget))
+        for seed, name in () if args.table else itertools.product(args.seeds, args.only):
+            group = group_of(name)
+            if (group.hash(name, group.budget[not full]), seed) in there:
+                continue
+            changed = " ".join(group.algorithms[name]) or "the recipe"
+            print(f"{name}, seed {seed}: {changed}", flush=True)
+            row = measure(group, name, seed, full=full, scratch=f"{scratch}/{group.recipe.stem}")
+            print(f"  {row['gain']:+.4f} +- {row['standard_error']:.4f}", flush=True)
+            rows.append(row)
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    print_tables(rows, full=full)
     return 0
 
 

@@ -62,7 +62,7 @@ at its longest. FSDP everywhere; a mesh is copies of the weights x shards x sequ
 - activations of the VAE's decoder with what the CPU's convolutions need while they run, of six
   families in batches of 1 and 3: 1.000 to 1.020 of the allocator's peak (cuDNN's workspaces: not
   counted);
-- bytes on the wire of FSDP2: counted on 4 gloo processes in three settings: equal to the byte.
+- bytes and collectives of FSDP2: counted on 4 gloo processes in three settings: equal.
 
 Not compared with anything: memory on a GPU (CUDA's autocast is imitated, and its attention taken to
 keep what flash attention keeps); memory of FSDP2, DDP and DeepSpeed on several processes; traffic
@@ -95,6 +95,26 @@ a GPU:
 - A process trains what it drew. Which samples are chosen is not known ahead: the planner draws
   scores at random, and a process may get more.
 """
+# Runs that DanceGRPO's scripts make; the other recipes follow other code.
+PUBLIC_RUNS = ("HunyuanVideo, 53 frames, 480 x 480", "FLUX.1-dev, 720 x 720")
+PUBLIC_HEAD = """## Against the public call pattern (projected)
+
+What one GPU receives in an iteration and in how many collectives, as DanceGRPO's code runs it
+(`fastvideo/train_grpo_flux.py`, `train_grpo_hunyuan.py`, `--fsdp_sharding_startegy full`) and as we
+do on the meshes below. The formulas are those that `tests/test_traffic.py` compares with counts of
+both patterns on 4 processes, to the byte and the collective. The public pattern: weights sharded
+over all GPUs and gathered in every forward and backward, gradients reduced in every backward, one
+sample a call, no state shared, blocks recomputed.
+
+Times assume {assumed},
+for both ways, nothing overlapped: what larger calls, faster attention or compiled blocks gain is
+not in them, nor what overlapping hides. What spans several machines is taken to move at the speed
+between them.
+"""
+PUBLIC_COLUMNS = (
+    "run", "GPUs", "", "collectives", "GB received (inside + between)", "PFLOP a GPU",
+    "s (products + transfers)", "",
+)  # fmt: skip
 COLUMNS = (
     "GPUs", "mesh", "activations", "gradients reduced", "weights gathered in rollout", "peak",
     "PFLOP a GPU", "GB received (inside + between)", "s (products + transfers)",
@@ -155,6 +175,54 @@ def section(title: str, name: str, model: dict[str, Any]) -> tuple[list[str], di
     return [*lines, *why, ""], values
 
 
+def public(config: RunConfig, gpus: int) -> RunConfig:
+    """The same run as the public code makes it."""
+    changes: dict[str, dict[str, Any]] = {
+        # Samples that share their start and are walked one by one cost what unrelated ones do.
+        "rollout": {"batch_size": 1, "tree": config.rollout.tree.model_copy(
+            update={"kind": "independent_roots"})},
+        "loss": {"micro_batch_size": 1},
+        "parallel": {"engine": "fsdp", "dp_replicate": 1, "dp_shard": gpus, "sp": 1,
+                     "checkpointing": "full", "gather_rollout": False, "defer_reduction": False},
+    }  # fmt: skip
+    parts = {name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}
+    return config.model_copy(update=parts)
+
+
+def against_public(assumed: str) -> tuple[list[str], dict[str, Any]]:
+    """The lines and values of both ways, on every number of GPUs."""
+    lines = [PUBLIC_HEAD.format(assumed=assumed), "| " + " | ".join(PUBLIC_COLUMNS) + " |"]
+    lines.append("|" + "---|" * len(PUBLIC_COLUMNS))
+    values: dict[str, Any] = {}
+    for title in PUBLIC_RUNS:
+        networks: Networks | None = None
+        for gpus in GPUS:
+            hardware, config = Hardware(gpus), recipe(*RUNS[title], gpus)
+            planner = Planner(config, open_family(config.model), networks)
+            networks = planner.networks
+            theirs = Planner(public(config, gpus), planner.family, networks).estimate(hardware)
+            found = planner.recommend(hardware)
+            assert found is not None
+            for way, estimate in (("public", theirs), ("ours", found[0])):
+                times = f"{theirs.total / estimate.total:.1f} times" if way == "ours" else ""
+                lines.append(public_row(title, way, estimate, hardware, times))
+                values[f"{title}, {gpus} GPUs, {way}"] = plan_values(estimate, hardware)
+    return [*lines, ""], values
+
+
+def public_row(title: str, way: str, estimate: Estimate, hardware: Hardware, times: str) -> str:
+    """One line of that table."""
+    moved = estimate.received.values()
+    transfers = sum(v for k, v in estimate.seconds.items() if k.endswith("transfers"))
+    cells = [
+        title, str(hardware.gpus), way, str(sum(m.collectives for m in moved)),
+        f"{sum(m.inside for m in moved) / 1e9:.0f} + {sum(m.between for m in moved) / 1e9:.0f}",
+        f"{sum(estimate.flops.values()) / 1e15:.1f}",
+        f"{estimate.total - transfers:.0f} + {transfers:.0f}", times,
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the plans here")
@@ -166,7 +234,9 @@ def main() -> None:
         f"{hardware.inside / 1e9:.0f} GB/s inside a machine and {hardware.link / 1e9:.0f} GB/s "
         "between machines, per GPU"
     )
-    lines, values = [HEAD.format(assumed=assumed)], {}
+    part, against = against_public(assumed)
+    print("\n".join(part), flush=True)
+    lines, values = [HEAD.format(assumed=assumed), *part], {"against the public": against}
     for title, (name, model) in RUNS.items():
         part, values[title] = section(title, name, model)
         lines += part

@@ -19,12 +19,10 @@ from unittest import mock
 
 import timing
 import torch
-from throughput import LEVERS, MODELS, PUBLIC, WINDOW, Subject
+from ladder import MODELS, OURS, WINDOW, Subject
 
 from dancegrpo_fast.config import UserError
 from dancegrpo_fast.parallel.world import World
-
-OURS = replace(PUBLIC, **{k: v for change in LEVERS.values() for k, v in change.items()})
 
 
 def main() -> None:
@@ -38,7 +36,7 @@ def main() -> None:
     grid = itertools.product(
         ("default", "cudnn", "flash", "flash_3", "xformers") if cuda else ("default",),
         ("none", "selective", "full"),
-        (False, True) if cuda and args.full else (False,),
+        (False, True, "graphs") if cuda and args.full else (False,),
         [int(size) for size in args.batches.split(",")],
     )
     world, rows, refused, first = World.from_environment(), [], [], None

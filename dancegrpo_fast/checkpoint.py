@@ -97,7 +97,8 @@ def _live(
 ) -> dict[str, Tensor]:
     state = optimizer.state[parameter]
     if not state:  # A module that was never stepped: Adam's state before its first step.
-        state["step"] = torch.zeros(())
+        fused = optimizer.defaults.get("fused")  # Its counter lives beside the weights.
+        state["step"] = torch.zeros((), device=parameter.device if fused else "cpu")
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
     values = {"weights": parameter.data} | dict(state)

@@ -26,7 +26,7 @@ from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.models import open_family
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.report.audit import TRAITS, TRAITS_VERSION, Finding, findings, traits
-from dancegrpo_fast.report.evaluate import not_finite, stays_on_cpu
+from dancegrpo_fast.report.evaluate import as_in_training, not_finite
 from dancegrpo_fast.report.store import Asked, Store, digest, initial_latents, reward_digest
 from dancegrpo_fast.rewards import Samples, load_rewards, placed
 from dancegrpo_fast.rewards.scoring import attempt
@@ -189,20 +189,20 @@ class Evaluating:
         if getattr(reward, "groupwise", False):
             self.store.add({self._groupwise(r): 1.0})
             missing = self._missing(r)
-        device = "cpu" if stays_on_cpu(reward) else self.world.device
         found = 0
         total = sum(len(batch) for _, batch in missing)
         with placed([reward], self.world.device), self._bar(reward.name, total) as bar:
             for m, batch in missing:
                 prompts = [self.asked[p].prompt for p, _ in batch]
                 samples = Samples(
-                    self.videos(m, batch).to(device),
+                    self.videos(m, batch),
                     [prompt.text for prompt in prompts],
                     self.models[m].config.model.fps,
                     [prompt.metadata for prompt in prompts],
                     [p for p, _ in batch],
                 )
-                values = attempt(reward, samples).values.tolist()
+                (there,) = as_in_training([reward], samples, self.world.device)
+                values = attempt(reward, there).values.tolist()
                 for row, job in enumerate(batch):
                     if self._broken(self.ids[m], job) in self.store.values:
                         values[row] = math.nan

@@ -132,7 +132,9 @@ class HeldOut:
         rewards = [reward.model_dump(exclude={"weight", "offload"}) for reward in config.rewards]
         rollout = config.rollout
         grid = (rollout.steps, rollout.schedule, rollout.shift, rollout.dynamics)
-        made_with = (self.prompts, config.evaluation, config.model, grid, rewards)
+        # Of images the names alone: where a table's images are kept differs between machines.
+        prompts = [(p.text, p.image and p.image.name, p.metadata) for p in self.prompts]
+        made_with = (prompts, config.evaluation, config.model, grid, rewards)
         return hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]
 
     def _evaluate(self, trainer: Trainer, what: str) -> Evaluation:

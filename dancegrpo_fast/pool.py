@@ -8,6 +8,7 @@ All tables here are equal on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from dancegrpo_fast.advantages import LeafAdvantages, best_and_worst
 from dancegrpo_fast.config import RolloutConfig, RunConfig, UserError
 from dancegrpo_fast.models import Family
+from dancegrpo_fast.models.precision import lower_precision
 from dancegrpo_fast.parallel.world import World, scorers
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import Reward
@@ -107,6 +109,15 @@ def selection(
     if not config.rollout.redraw:
         return selected, owner
     return selected, redrawn(owner, selected & advantages.valid, advantages.valid)
+
+
+def arithmetic(
+    family: Family, rollout: RolloutConfig, keep: str
+) -> AbstractContextManager[None]:
+    """Inside, networks compute as a draw wants it that keeps "all", "samples" or "training"."""
+    if rollout.pool_dtype is None or keep != "samples":
+        return nullcontext()
+    return lower_precision(family, rollout.pool_dtype)
 
 
 def redrawn(owner: np.ndarray, chosen: np.ndarray, valid: np.ndarray) -> np.ndarray:

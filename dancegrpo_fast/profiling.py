@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,26 +60,70 @@ class Profile:
             torch.cuda.memory._record_memory_history()
         # Without it events do not say which line called.
         verbose = torch._C._profiler._ExperimentalConfig(verbose=True)
-        with profile(
-            activities=activities, with_stack=True, experimental_config=verbose
-        ) as found:
-            yield
-        if cuda:
-            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
-        found.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        spent = {name: value - before.get(name, 0.0) for name, value in seconds.items()}
-        page = summary(found, spent, iteration, cuda=cuda)
+        with _code_kept():
+            with profile(
+                activities=activities, with_stack=True, experimental_config=verbose
+            ) as found:
+                yield
+            if cuda:
+                torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+                torch.cuda.memory._record_memory_history(enabled=None)
+            found.export_chrome_trace(str(self.folder / "trace.json.gz"))
+            spent = {name: value - before.get(name, 0.0) for name, value in seconds.items()}
+            page = summary(found, spent, iteration, cuda=cuda)
         (self.folder / "summary.md").write_text(page, encoding="utf-8")
         logger.info("profile of iteration %d: %s", iteration, self.folder / "summary.md")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a profile counts.
+
+    Attributes:
+        launches: Of kernels and graphs.
+        values: How often the host asked for a tensor's value.
+        collectives: Name -> times.
+    """
+
+    launches: int
+    values: int
+    collectives: dict[str, int]
+
+
+@contextmanager
+def _code_kept() -> Iterator[None]:
+    """Inside, code that is executed from text or imported stays alive.
+
+    torch keeps the names of Python frames as pointers into their code objects and reads them at the
+    end. A module's code is gone once it is imported, in whichever thread (a snapshot's first write
+    imports some), and bytes that are no text any more would end the run.
+    """
+    kept: list[object] = []
+    inside = [True]
+
+    def keep(event: str, arguments: tuple[object, ...]) -> None:
+        if inside and event == "exec":
+            kept.append(arguments[0])
+
+    sys.addaudithook(keep)  # For good: afterwards it only looks at an empty list.
+    try:
+        yield
+    finally:
+        inside.clear()
+        kept.clear()
+
+
+def tally(counted: Counter[str]) -> Tally:
+    """From the names of a profile's events."""
+    collectives = {n: c for n, c in counted.items() if n.startswith(_COLLECTIVES)}
+    return Tally(sum(counted[name] for name in _LAUNCHES), counted[_SYNCS[0]], collectives)
 
 
 def summary(found: profile, spent: Mapping[str, float], iteration: int, *, cuda: bool) -> str:
     """One page of Markdown."""
     events = list(found.events())
     counted = Counter(event.name for event in events)
-    launches = sum(counted[name] for name in _LAUNCHES)
-    collectives = {n: c for n, c in counted.items() if n.startswith(_COLLECTIVES)}
+    told = tally(counted)
     stages = {name: value for name, value in spent.items() if value > 0}
     parts = [
         f"# Iteration {iteration}, profiled (slower than unprofiled: read shares)",
@@ -85,11 +131,12 @@ def summary(found: profile, spent: Mapping[str, float], iteration: int, *, cuda:
             (name, f"{value:.3f}", f"{value / sum(stages.values()):.0%}")
             for name, value in stages.items()
         ]),
-        f"Kernel launches: {launches}." if cuda else "No GPU: launches are not counted.",
+        f"Kernel launches: {told.launches}." if cuda else "No GPU: launches are not counted.",
         "## Operators", _operators(found, cuda=cuda),
         "## Waits for values (host syncs)", _waits(events, counted),
         "## Collectives",
-        _table(("call", "times"), sorted(collectives.items())) if collectives else "None.",
+        _table(("call", "times"), sorted(told.collectives.items())) if told.collectives
+        else "None.",
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

@@ -7,12 +7,14 @@ prompt, path, step), so what one rank draws does not depend on what the others d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dancegrpo_fast import candidates
 from dancegrpo_fast.advantages import check_credit
 from dancegrpo_fast.batching import micro_batches
 from dancegrpo_fast.chains import chains
@@ -47,7 +49,9 @@ def plan_iteration(config: RunConfig, grid: Grid, iteration: int) -> TreePlan:
     else:
         plan = chains(config, schedule, iteration, key.fold_in(Role.GRADIENT))
     check_credit(plan, config.advantage.credit)
-    return without_history_across(plan, grid.module_names(plan.schedule))
+    modules = grid.module_names(plan.schedule)
+    plan = without_history_across(plan, modules)
+    return carried_in_suffixes(plan, config.rollout.suffix_every, modules)
 
 
 def plan_trees(
@@ -86,6 +90,33 @@ def plan_trees(
                 schedule, tree.branch_steps, tree.branches,
                 trunks=tree.trunks, final=final, train_last=train_last,
             )  # fmt: skip
+        case "search":
+            return candidates.trained(config, schedule)
+
+
+def carried_in_suffixes(plan: TreePlan, every: int, modules: Sequence[str]) -> TreePlan:
+    """The plan whose suffixes evaluate the model at every so many states only.
+
+    A suffix is what remains of a sample once all edges are deterministic and none is trained. Its
+    first state is evaluated, each `every`-th after it, and the first one of another network (of
+    `modules`); the states between move on with the output of the one before. No log-prob, and
+    nothing that training reads, lies behind such an output.
+    """
+    if every == 1:
+        return plan
+    suffix = [True] * len(plan.states)
+    for state in reversed(plan.states):
+        if state.parent >= 0 and (state.trained or state.kind == "sde" or not suffix[state.index]):
+            suffix[state.parent] = False
+    run, states = [0] * len(plan.states), list(plan.states)
+    for s in plan.states:
+        parent = s.parent
+        if parent < 0 or not plan.children[s.index] or not suffix[parent]:
+            continue
+        if modules[s.step] == modules[plan.states[parent].step]:
+            run[s.index] = (run[parent] + 1) % every
+        states[s.index] = replace(s, carried=run[s.index] > 0)
+    return replace(plan, states=tuple(states))
 
 
 @torch.no_grad()
@@ -103,6 +134,7 @@ def draw_trees(
     latent_dtype: str = "float32",
     keep: Literal["all", "samples", "training"] = "all",
     keep_outputs: bool = False,
+    keep_graphs: bool = False,
     offload: bool = False,
     forwards: Sequence[int] | None = None,
     progress: Callable[[int], object] = lambda count: None,
@@ -124,6 +156,7 @@ def draw_trees(
         keep: What is stored: the final latents (`samples`), what training reads (`training`, which
             ends with the last trained step), or both.
         keep_outputs: Store the model's output at states with a trained child.
+        keep_graphs: Keep the autograd graph of forwards with such a state.
         offload: Keep what is stored in host memory.
         forwards: [steps] forwards that every rank makes at each step (`forwards_per_step`); a rank
             with fewer repeats its last. None: each makes what it needs.
@@ -139,17 +172,28 @@ def draw_trees(
     front = _draw_roots(family, plan, held, keys, conditions, DTYPES[latent_dtype])
     histories = _Histories(drawn, family.action_box)
     second_order = any(state.history for state in plan.states)
+    carried: dict[Place, Tensor] = {}  # Model outputs for states of the next level.
     samples_only = keep == "samples"
     for step in range(steps_kept(plan, keep)):
         at_step()
         drawn.keep(front, samples_only=samples_only)
         following: dict[Place, Tensor] = {}
         made = 0
-        for batch in micro_batches(sorted(front), batch_size, lambda place: kinds[place[0]]):
+        for batch in _batches(plan, front, batch_size, kinds):
             fan = Fan.of(batch, [[c for c in plan.children[s] if c in held[p]] for p, s in batch])
             latents = torch.stack([front[place] for place in batch])
-            drawn.batches.append(batch)
-            output = evaluate(family, modules[names[step]], plan, conditions, batch, latents)
+            if batch[0] in carried:
+                output = torch.stack([carried.pop(place) for place in batch])
+            else:
+                differentiated = keep_graphs and any(_trained(plan, state) for _, state in batch)
+                with torch.set_grad_enabled(differentiated):
+                    given = plan, conditions, batch, latents
+                    output = evaluate(family, modules[names[step]], *given)
+                drawn.batches.append(batch)
+                if differentiated:
+                    drawn.graphs.append((batch, output))
+                    output = output.detach()
+                made += 1
             sampled = sample_transition(
                 output,
                 latents,
@@ -164,19 +208,37 @@ def draw_trees(
                 if plan.states[edge[1]].kind == "sde":
                     drawn.log_prob[edge] = sampled.log_prob[row]
             for row, place in enumerate(batch):
-                kids = plan.children[place[1]]
-                if keep_outputs and any(plan.states[kid].trained for kid in kids):
+                if keep_outputs and _trained(plan, place[1]):
                     drawn.keep_output(place, output[row])
                 if second_order:
                     histories.step(place, latents[row], output[row], following)
+                for child in plan.children[place[1]]:
+                    if plan.states[child].carried and child in held[place[0]]:
+                        carried[place[0], child] = output[row]
             progress(len(batch))
-            made += 1
         for _ in range(0 if forwards is None else forwards[step] - made):
             evaluate(family, modules[names[step]], plan, conditions, batch, latents)
         front = following
         histories.next_level()
     drawn.keep(front, samples_only=samples_only)
     return drawn
+
+
+def _batches(
+    plan: TreePlan, front: Mapping[Place, Tensor], size: int, kinds: Sequence[int]
+) -> list[list[Place]]:
+    """The states of a level by forward, then those that take their parents' outputs."""
+
+    def kind(place: Place) -> tuple[bool, int]:
+        return plan.states[place[1]].carried, kinds[place[0]]
+
+    order = sorted(front, key=lambda place: (plan.states[place[1]].carried, place))
+    return micro_batches(order, size, kind)
+
+
+def _trained(plan: TreePlan, state: int) -> bool:
+    """Whether a trained edge leaves a state."""
+    return any(plan.states[child].trained for child in plan.children[state])
 
 
 def steps_kept(plan: TreePlan, keep: str) -> int:
@@ -236,7 +298,7 @@ def forwards_per_step(
         places: list[list[Place]] = [[] for _ in most]
         for p, states in sorted(held.items()):
             for state in sorted(states):
-                if plan.children[state]:
+                if plan.children[state] and not plan.states[state].carried:
                     places[plan.states[state].step].append((p, state))
         for step, row in enumerate(places):
             batches = micro_batches(row, batch_size, lambda place: kinds[place[0]])

@@ -23,6 +23,7 @@ from dancegrpo_fast.parallel.stopping import SOON, StopRequested, ending_at_once
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.profiling import Profile
 from dancegrpo_fast.report.log import RunLog
+from dancegrpo_fast.report.metrics import check_new
 from dancegrpo_fast.report.terminal import Terminal
 from dancegrpo_fast.report.trackers import check_trackers
 from dancegrpo_fast.trainer import Trainer
@@ -123,10 +124,12 @@ class _Run:
     ) -> None:
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.held_out = HeldOut(config)
+        check_trackers(config.logging)
+        if not resume and world.is_main:
+            check_new(self.folder / "metrics.jsonl")  # Loading may take minutes.
         started = time.perf_counter()
         self.trainer = Trainer(config, world)
         self.held_out.check(self.trainer)
-        check_trackers(config.logging)
         lock.take()  # The recipe is sound: from here on the run writes.
         named = resume if isinstance(resume, Path) else None
         if named is not None:
@@ -147,7 +150,6 @@ class _Run:
             recipe = (named.parents[1] if named else self.folder) / "recipe.yaml"
             if recipe.is_file():
                 _tell_changes(recipe, config)
-        # The log first: it refuses a folder that holds a run.
         self.log = RunLog(config, world.is_main, resumed=done if resume else None)
         if world.is_main:
             (self.folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")

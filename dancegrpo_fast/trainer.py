@@ -24,8 +24,10 @@ from dancegrpo_fast.advantages import (
     leaf_advantages,
 )
 from dancegrpo_fast.batching import Update, build_updates, leaf_owners
+from dancegrpo_fast.candidates import walk
 from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.data import Draws, PromptSet
+from dancegrpo_fast.drawing import draw_part
 from dancegrpo_fast.losses.gate import forward_settings
 from dancegrpo_fast.models import Conditions, open_family
 from dancegrpo_fast.models.embeddings import Embeddings, embeddings_folder
@@ -38,19 +40,12 @@ from dancegrpo_fast.report.statistics import reward_metrics
 from dancegrpo_fast.rewards import load_rewards
 from dancegrpo_fast.rewards.scoring import check_whole_groups, waits
 from dancegrpo_fast.roles import Role
-from dancegrpo_fast.rollout import (
-    denoise,
-    draw_trees,
-    forwards_per_step,
-    held_states,
-    plan_iteration,
-    steps_kept,
-)
+from dancegrpo_fast.rollout import denoise, plan_iteration
+from dancegrpo_fast.searching import SearchScoring, check_rewards, searches
 from dancegrpo_fast.timesteps import edge_weights
 from dancegrpo_fast.trajectories import Trajectories
-from dancegrpo_fast.transitions import coefficient_table
 from dancegrpo_fast.tree import TreePlan
-from dancegrpo_fast.updating import Iteration, RewardUpdater, make_updater
+from dancegrpo_fast.updating import Iteration, RewardUpdater, check_loss, make_updater
 
 logger = logging.getLogger(__name__)
 
@@ -68,22 +63,25 @@ class Trainer:
         self.key = NoiseKey.from_seed(config.seed)
         self.prompts = PromptSet.of(config.data)
         self.draws = Draws(self.prompts, config.data, config.seed)
-        limit = config.parallel.timeout_seconds if world.size > 1 else None
-        self.rewards = load_rewards(config.rewards, world.device, timeout_seconds=limit)
         self.reward_weights = np.array([reward.weight for reward in config.rewards])
         prompts, group_size = config.data.prompts_per_iteration, config.rollout.group_size
         try:
             spread = config.parallel.groups == "spread"
             self.owner = leaf_owners(prompts, group_size, world.data_size, spread=spread)
             self.family = open_family(config.model, world.device)
-            plan_iteration(config, self.family.grid, 0)
+            walk(config.rollout, plan_iteration(config, self.family.grid, 0), self.owner)
             check(config, self.family, world)
             if self.family.needs_image:
                 self.prompts.need_images("data.prompts")
         except ValueError as error:  # The core's own words, before anything large is loaded.
             raise UserError(str(error)) from error
+        limit = config.parallel.timeout_seconds if world.size > 1 else None
+        self.rewards = load_rewards(config.rewards, world.device, timeout_seconds=limit)
+        check_loss(config, self.family, self.rewards)
+        check_rewards(config, self.rewards)
         self.embeddings = Embeddings(self.family, embeddings_folder(config), world)
-        waiting = any(map(waits, self.rewards))
+        # A search asks for scores between its steps, so its samples have no parts.
+        waiting = any(map(waits, self.rewards)) and not searches(config)
         self.chunks = pool.chunks(config.rollout, self.owner, waiting=waiting)
         self.scorer = pool.scorers_of(self.chunks, self.owner, world.sp)
         check_whole_groups(self.rewards, self.scorer)
@@ -95,6 +93,7 @@ class Trainer:
         self.stopping = Stopping(world, config.checkpoint.grace_seconds)
         self.saver = checkpoint.Saver(self.snapshots, config.checkpoint, world)
         self.running = RunningRewards(config.advantage.running_window)
+        self.searching: SearchScoring | None = None  # Of an iteration that searches.
         self.done = 0
         self.seconds: dict[str, float] = {}
         self.current = ""  # Stage that is running: tells an interrupted run what it may save.
@@ -127,6 +126,8 @@ class Trainer:
         skipped = self.draws.finish(silent.tolist())
         names = [reward.name for reward in self.rewards]
         told = reward_metrics(rewards, self.reward_weights, names, advantages)
+        if self.searching is not None:
+            told = self.searching.metrics()  # Its groups are not the prompts.
         return told | metrics | skipped
 
     # ---- the stages of an iteration ------------------------------------------------------------
@@ -144,12 +145,16 @@ class Trainer:
         """
         kept: Trajectories | None = None
         self.clip = None
-        with pool.PartScoring(
+        kind = SearchScoring if searches(self.config) else pool.PartScoring
+        with kind(
             prompts, self.scorer, self.rewards, self.family, self.config, self.world
         ) as self.scoring:
+            self.searching = self.scoring if isinstance(self.scoring, SearchScoring) else None
             for owner in self.chunks:
                 with self.stage("sample"):
                     drawn = self.sample(plan, conditions, owner)
+                if self.searching is not None:
+                    self.searching.book(self.seconds)
                 if not self.config.rollout.redraw:
                     kept = drawn if kept is None else kept.joined(drawn)
                 if owner is not self.chunks[-1]:
@@ -177,44 +182,27 @@ class Trainer:
             again: For training, after `rollout.redraw` let go of them.
         """
         rollout = self.config.rollout
-        owner = self.owner if owner is None else owner
         keep: Literal["all", "samples", "training"] = "all"
         if rollout.redraw:
             keep = "training" if again else "samples"
         self.sampled_with = forward_settings(
             self.family, self.policy, batch_size=rollout.batch_size
         )
-        transitions = plan.transitions(
-            dynamics=rollout.dynamics,
-            level=rollout.noise_level,
-            kl=self.config.loss.kl,
-            exact_density=rollout.exact_density,
-        )
-        rank = self.world.data_rank
-        held = held_states(plan, [(int(p), int(g)) for p, g in np.argwhere(owner == rank)])
-        steps = steps_kept(plan, keep)
-        count = sum(plan.states[s].step < steps for own in held.values() for s in own)
-        forwards = None
-        if self.engine.rollout_calls_agree:
-            forwards = forwards_per_step(plan, owner, conditions.kinds, rollout.batch_size)
-        networks = self.engine.by_forward() if forwards else self.engine.gathered()
-        with self.updater.sampling(), self.bar("sample", count) as bar, networks as modules:
-            return draw_trees(
+        with self.updater.sampling(), pool.arithmetic(self.family, rollout, keep):
+            return draw_part(
+                self.config,
                 self.family,
-                modules,
+                self.engine,
+                self.world,
                 plan,
-                coefficient_table(transitions, device=self.world.device),
                 conditions,
+                self.owner if owner is None else owner,
                 key=self.key.fold_in(Role.LATENTS).fold_in(self.done),
-                owner=owner,
-                rank=rank,
-                batch_size=rollout.batch_size,
-                latent_dtype=rollout.latent_dtype,
+                searching=self.searching,
                 keep=keep,
                 keep_outputs=self.config.loss.ratio_norm and self.updater.mode == "rollout",
-                offload=rollout.offload,
-                forwards=forwards,
-                progress=bar.update,
+                keep_graphs=self.config.loss.reuse_forwards and keep != "samples",
+                bar=lambda count: self.bar("sample", count),
                 # Drawing again is part of the update phase, which is finished if time allows.
                 at_step=lambda: self.stopping.ask(until=NOW if again else SOON),
             )

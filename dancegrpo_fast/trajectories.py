@@ -29,6 +29,8 @@ class Trajectories:
         outputs: Model outputs [C, F, H, W] at states with a trained child, where they are asked
             for.
         batches: The states of each forward of the rollout.
+        graphs: With `loss.reuse_forwards`: the states and the output [n, C, F, H, W], with its
+            autograd graph, of each forward with a trained child.
         device: Where latents and outputs are wanted, while they are stored in host memory; None:
             they stay where they are made.
     """
@@ -40,6 +42,7 @@ class Trajectories:
     log_prob: dict[Place, Tensor] = field(default_factory=dict)
     outputs: dict[Place, Tensor] = field(default_factory=dict)
     batches: list[list[Place]] = field(default_factory=list)
+    graphs: list[tuple[list[Place], Tensor]] = field(default_factory=list)
     device: torch.device | None = None
 
     def stack(self, places: Sequence[Place]) -> Tensor:
@@ -90,6 +93,7 @@ class Trajectories:
             other.log_prob | self.log_prob,
             other.outputs | self.outputs,
             self.batches + other.batches,
+            self.graphs + other.graphs,
             self.device,
         )
 

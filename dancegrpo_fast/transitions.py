@@ -57,7 +57,16 @@ def coefficient_table(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Packs transitions for the ops: `[n, 8]`, rounded once from float64."""
+    """Packs transitions for the ops.
+
+    Args:
+        transitions: n of them.
+        dtype: Of the table; each float64 number of the host is rounded once.
+        device: Of the table.
+
+    Returns:
+        [n, 8]: a, b, s, w, c, k, p, q.
+    """
     table = torch.tensor([tuple(row) for row in transitions], dtype=torch.float64)
     return table.reshape(-1, 8).to(device=device, dtype=dtype)
 
@@ -109,6 +118,10 @@ DYNAMICS: dict[str, Build] = {
 
 def x0_step(schedule: Schedule, i: int) -> Transition:
     """The step that returns the x0 estimate at point i: a = p, b = q, no noise, no density.
+
+    Args:
+        schedule: The grid.
+        i: Its point, 0 .. steps - 1.
 
     Raises:
         ValueError: i outside the schedule, or a prediction undefined there.

@@ -37,6 +37,7 @@ class State:
         trained: Whether the edge into this state carries a policy-gradient term.
         noise_scale: Multiplier on the noise of the edge into this state.
         history: Whether a "multistep" edge uses the x0 estimate of the state before its parent.
+        carried: Whether the model's output is taken from the parent instead of evaluated here.
     """
 
     index: int
@@ -47,6 +48,7 @@ class State:
     trained: bool = False
     noise_scale: float = 1.0
     history: bool = False
+    carried: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ class TreePlan:
         inner = [index for index, kids in enumerate(self.children) if kids]
         trained = [i for i in inner if any(self.states[c].trained for c in self.children[i])]
         return Cost(
-            rollout=len(inner),
+            rollout=sum(not self.states[i].carried for i in inner),
             training=len(trained),
             rollout_unshared=sum(len(self.ancestry(leaf)) - 1 for leaf in self.leaves),
             training_unshared=sum(len(edges) for edges in self.leaf_edges),

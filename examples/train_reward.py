@@ -183,7 +183,9 @@ def evaluate(
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=(
+        "Files, losses and how to use the result: the top of this file, docs/reward-service.md."
+    ))  # fmt: skip
     add = parser.add_argument
     add("--pairs", required=True, nargs="+", help="pairs or scored samples to train on (.jsonl)")
     add("--held-out", required=True, nargs="+", help="the same, to measure on: other prompts")
@@ -191,17 +193,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group(required=True)
     start.add_argument("--clip", help="CLIP folder or hub id to begin with")
     start.add_argument("--new-clip", type=int, metavar="SIDE", help="a small untrained one instead")
-    add("--loss", choices=LOSSES, default="bt")
-    add("--strangers", type=float, default=0.5, help="weight of pairs with another prompt's file")
+    add("--loss", choices=LOSSES, default="bt", help="of a pair (default %(default)s)")
+    strangers = "weight of pairs with another prompt's file (default %(default)s)"
+    add("--strangers", type=float, default=0.5, help=strangers)
     add("--freeze-clip", action="store_true", help="train the small network only")
-    add("--frames", type=int, default=3, help="frames of a video that are looked at")
-    add("--shift", type=int, default=0, help="move files by up to so many pixels in training")
+    add("--frames", type=int, default=3, help="of a video that are looked at (default %(default)s)")
+    add("--shift", type=int, default=0, help="pixels that files move by in training, at most (0)")
     add("--keep", action="store_true", help="keep the decoded files in memory")
-    add("--hidden", type=int, default=256)
-    add("--epochs", type=int, default=4)
-    add("--batch", type=int, default=64, help="pairs at once; those of a prompt come together")
-    add("--learning-rate", type=float, default=1e-3)
-    add("--seed", type=int, default=0)
+    add("--hidden", type=int, default=256, help="width of the small network (default %(default)s)")
+    add("--epochs", type=int, default=4, help="the best one is saved (default %(default)s)")
+    add("--batch", type=int, default=64, help="pairs at once, by prompt (default %(default)s)")
+    add("--learning-rate", type=float, default=1e-3, help="of AdamW (default %(default)s)")
+    add("--seed", type=int, default=0, help="of weights and order (default %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -3,6 +3,7 @@
 # Each step adds a row to verification.jsonl in FOLDER, if the tree is clean (COMMIT names the commit
 # of a copy without git); python scripts/readme.py then shows those of benchmarks/results.
 
+source "$(dirname "${BASH_SOURCE[0]}")/_help.sh"
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="${PYTHON:-python3}"
 mkdir -p "${1:-$ROOT/benchmarks/results}"

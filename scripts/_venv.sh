@@ -3,6 +3,7 @@
 #
 # The second run is instant: a stamp holds a hash of everything the installation depends on.
 # PIP_* variables and pip's configuration are honoured, e.g. PIP_INDEX_URL for a mirror.
+source "$(dirname "${BASH_SOURCE[0]}")/_help.sh"
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"

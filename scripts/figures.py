@@ -8,7 +8,7 @@ update schedule from `batching.py`: a change of one of them changes its figure.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -192,4 +192,9 @@ def draw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    folder = ROOT / "docs" / "images"
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=folder, help="where they go (default: docs/images)"
+    )
+    draw(parser.parse_args().folder)

@@ -13,6 +13,7 @@ made from them, are no changes.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -178,18 +179,22 @@ def _pairs(item: Any) -> set[tuple[str, str]]:
 
 def main(arguments: Sequence[str]) -> int:
     """A step of scripts/gpu; says why if nothing is recorded, which is no failure of the step."""
+    parser = argparse.ArgumentParser(description="Records a step of scripts/gpu.")
+    parser.add_argument("file", type=Path, help="verification.jsonl; a row is appended")
+    parser.add_argument("step", help="what was run")
+    parser.add_argument("code", help="its exit code")
+    args = parser.parse_args(arguments)
     import torch
 
-    file, step, code = arguments
-    result = PASSED if code == "0" else f"exit code {code}"
+    result = PASSED if args.code == "0" else f"exit code {args.code}"
     try:
         row = row_of(
-            "scripts/gpu", step, hardware=torch.cuda.get_device_name(), result=result,
+            "scripts/gpu", args.step, hardware=torch.cuda.get_device_name(), result=result,
             command="scripts/gpu", commit=clean_commit(),
         )  # fmt: skip
-        append(Path(file), [row])
+        append(args.file, [row])
     except NotRecorded as reason:
-        print(f"{step}: NOT RECORDED: {reason}")
+        print(f"{args.step}: NOT RECORDED: {reason}")
     return 0
 
 

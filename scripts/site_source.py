@@ -6,6 +6,7 @@ file that is linked to becomes a page of its own, and the links are turned to it
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import sys
@@ -88,7 +89,9 @@ def _page_of(path: Path, name: str) -> str:
 
 def main() -> int:
     """Run from the command line; 1 and one line each if links lead nowhere."""
-    broken = prepare(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Prepares the documentation's sources.")
+    parser.add_argument("folder", type=Path, help="where they go; it is emptied")
+    broken = prepare(parser.parse_args().folder)
     for line in broken:
         print(f"{line}: no such file", file=sys.stderr)
     return 1 if broken else 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from tiny_models import CPU, AlwaysFails, tiny_config, tiny_recipe
 
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import UserError
+from dancegrpo_fast.lock import FolderLock
 from dancegrpo_fast.ops import policy_loss, sample_transition, transition_log_prob
 from dancegrpo_fast.trainer import Trainer
 
@@ -134,6 +138,61 @@ def test_pipeline_of_another_family(recipe, tiny_wan_folder, capsys):
     assert "model.path = 'flux': it holds a FluxPipeline" in line and "choose the matching" in line
 
 
+def test_bad_lines_of_a_file_come_at_once_with_their_numbers(recipe, capsys):
+    Path("p.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\nc\n{"prompt": "d"}\n')
+    first, second = refused(capsys, recipe, "data.prompts=p.jsonl")
+    assert "data.prompts = 'p.jsonl': line 2: must be an object with a text under" in first
+    assert "data.prompts = 'p.jsonl': line 3: is not JSON" in second
+
+
+def test_weights_that_do_not_fit(recipe, tiny_wan_folder, capsys):
+    shutil.copytree(tiny_wan_folder, "other")
+    config, weights = (
+        Path("other/transformer") / name
+        for name in ("config.json", "diffusion_pytorch_model.safetensors")
+    )
+    text = config.read_text()
+    config.write_text(json.dumps(json.loads(text) | {"ffn_dim": 64}))
+    (line,) = refused(capsys, recipe, "model.path=other")
+    assert "other/transformer: the weights do not fit its config.json" in line
+    assert "has shape [32], not [64]" in line and "fetch both again" in line
+    config.write_text(text)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (line,) = refused(capsys, recipe, "model.path=other")
+    assert str(weights) in line and "cut short" in line and "fetch or save it again" in line
+
+
+def test_a_server_that_is_not_there(recipe, capsys):
+    with socket.socket() as free:  # Nobody listens on it afterwards.
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    reward = f"rewards=[{{name: remote, path: '{url}', options: {{seconds: 1}}}}]"
+    (line,) = refused(capsys, recipe, reward)
+    assert "rewards.0.name = 'remote'" in line and url in line
+    assert "no answer within 1 s" in line and "dancegrpo-fast serve-reward NAME" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "named", "way_out"),
+    [
+        ("parallel.attention=flash", "parallel.attention = flash", "use default or native"),
+        ("parallel.sp=2", "sp = 2: they must multiply to the 1 processes", "start another number"),
+        ("rollout.chunk=2", "rollout.chunk = 2: has no effect here", "or null"),
+        ("model.guidance_2=3", "model.guidance_2 = 3.0", "or raise model.guidance"),
+        ("model.embedded_guidance=3", "model.embedded_guidance = 3.0", "use model.guidance"),
+    ],
+)
+def test_what_a_model_or_a_machine_cannot_do_is_refused_before_networks_load(
+    recipe, capsys, monkeypatch, override, named, way_out
+):
+    def loaded(*arguments: object) -> None:
+        raise AssertionError("networks were loaded first")
+
+    monkeypatch.setattr("dancegrpo_fast.trainer.assemble", loaded)
+    (line,) = refused(capsys, recipe, override)
+    assert named in line and way_out in line
+
+
 def test_siblings_that_have_none(recipe, capsys):
     """One child more or less than a rule can compare, found when the plan is made."""
     tree = "{kind: trunk_with_branches, branch_steps: [0], branches: 2}"
@@ -214,6 +273,48 @@ def test_one_failing_reward_of_weight_zero_does_not_stop_a_run(tmp_path, tiny_wa
     metrics = trainer.iteration()
     assert metrics["reward/failed"] == 1.0 and metrics["policy/weight"] == 1.0
     assert "reward/always_fails" not in metrics
+
+
+# ---- the folder of a run -------------------------------------------------------------------------
+
+
+def test_a_disk_without_room(recipe, capsys, monkeypatch):
+    """Where it cannot go on without; `test_full_disk` fills a file system."""
+
+    def full(*arguments: object, **settings: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/embeddings/a.partial")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dancegrpo_fast.models.embeddings.save_file", full)
+        code, lines = run(capsys, recipe, "output=run")
+    assert code == 2 and not any("Traceback" in line for line in lines)
+    assert lines[-1].startswith("run: ") and "No space left on device" in lines[-1]
+    assert lines[-1].endswith("make room and continue with --resume latest")
+    code, _ = run(capsys, recipe, "output=run", "--resume", "latest")  # As it says.
+    assert code == 0
+
+
+def test_two_runs_in_one_folder(recipe, capsys, monkeypatch):
+    """At the same time, and one after the other: refused before anything is loaded."""
+
+    def loaded(*arguments: object) -> None:
+        raise AssertionError("something was loaded first")
+
+    lock = FolderLock(Path("run"), CPU)
+    lock.take()
+    monkeypatch.setattr("dancegrpo_fast.run.Trainer.__init__", loaded)
+    code, lines = run(capsys, recipe, "output=run")
+    assert code == 2 and lines == [
+        f"output = 'run': another run is writing here (process {os.getpid()} on "
+        f"{socket.gethostname()}); wait for it, stop it, or give another folder"
+    ]
+    lock.release()
+    Path("run/metrics.jsonl").write_text('{"iteration": 1}\n')
+    code, lines = run(capsys, recipe, "output=run")
+    assert code == 2 and lines == [
+        "output = 'run': already holds a run; continue it with --resume latest, or name another "
+        "folder"
+    ]
 
 
 # ---- the ops ------------------------------------------------------------------------------------

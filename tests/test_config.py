@@ -1,4 +1,5 @@
 """Recipes: every mistake is one line with field, value and way out, and all come together."""
+# ruff: noqa: F811 -- an imported fixture is named again by each test that uses it
 
 from __future__ import annotations
 
@@ -10,48 +11,17 @@ from typing import get_args
 
 import pytest
 import yaml
+from recipe_cases import RECIPE, lines, recipe, text_recipe  # noqa: F401
 
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.config import Interrupted, RunConfig, UserError, load_config
+from dancegrpo_fast.config import Interrupted, RunConfig, UserError
 from dancegrpo_fast.config.section import Section
 
-RECIPE = {
-    "output": "runs/x",
-    "iterations": 5,
-    "model": {"family": "wan", "path": "models/x", "height": 16, "width": 16},
-    "data": {"prompts": "prompts.txt", "prompts_per_iteration": 4},
-    "rollout": {"group_size": 12, "steps": 10, "noise_level": 0.7, "batch_size": 12},
-    "rewards": [{"name": "a"}, {"name": "b", "weight": 0.5}],
-    "loss": {"micro_batch_size": 12},
-    "optimizer": {"learning_rate": 1e-4},
-}
-WINDOW = ["rollout.tree.kind=window"]
-POINTS = ["rollout.tree.kind=branch_points"]
-TRUNK = ["rollout.tree.kind=trunk_with_branches"]
-KINDS = "set that to branch_points or trunk_with_branches, or leave it at"
-
+KINDS = "set that to branch_points or trunk_with_branches or search, or leave it at"
 OURS = (
     "must be 'flux', 'hunyuan_video', 'qwen_image', 'qwen_image_edit', 'sd', 'sd3', "
     "'skyreels_i2v', 'wan' or 'wan_i2v', or path/to/file.py:ClassName"
 )
-
-
-@pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(RECIPE))
-    return "r.yaml"
-
-
-def lines(path, overrides=()) -> list[str]:
-    with pytest.raises(UserError) as caught:
-        load_config(path, overrides)
-    return str(caught.value).split("\n")
-
-
-def text_recipe(tmp_path, text: str) -> str:
-    (tmp_path / "t.yaml").write_text(text)
-    return "t.yaml"
 
 
 BAD_FIELDS = [
@@ -129,12 +99,12 @@ BAD_FIELDS = [
     ("rollout.tree.branches=2", "= 2: has no effect with rollout.tree.kind = 'shared_root'; "
      f"{KINDS} null"),
     ("rollout.tree.trunks=2", "= 2: has no effect with rollout.tree.kind = 'shared_root'; "
-     "set that to trunk_with_branches, or leave it at 1"),
+     "set that to trunk_with_branches or search, or leave it at 1"),
     ("advantage.best_of_n=12", "= 12: must be below rollout.group_size = 12, or null for all"),
     ("advantage.running_window=8", "= 8: has no effect with advantage.scope = 'group'; "
      "set that to running, or leave it at 32"),
-    ("advantage.credit=siblings", "= 'siblings': needs rollout.tree.kind = trunk_with_branches "
-     "or branch_points; with shared_root use leaf or depth"),
+    ("advantage.credit=siblings", "= 'siblings': needs rollout.tree.kind = trunk_with_branches, "
+     "branch_points or search; with shared_root use leaf or depth"),
     ("policy.lora_rank=4", "= 4: has no effect with policy.train = 'full'; "
      "set that to lora, or leave it at 16"),
     ("loss.updates=13", "= 13: a group has 12 trained samples, so at most 12 updates"),
@@ -181,166 +151,6 @@ def test_an_item_of_a_list_of_choices_is_named_with_the_nearest(recipe):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ([*WINDOW], "window_size = null: kind window needs a size from 1 to 9 (9 of 10 steps"),
-        ([*WINDOW, "rollout.tree.window_size=10"], "window_size = 10: must be from 1 to 9 (9 of"),
-        (
-            [*WINDOW, "rollout.tree.window_size=3", "rollout.tree.window_start=7"],
-            "window_start = 7: a window of 3 must start in 0 to 6 (9 of 10 steps can be trained)",
-        ),
-        (
-            [*WINDOW, "rollout.tree.window_size=3", "rollout.tree.window_range=[4, 10]"],
-            "window_range = [4, 10]: must be [first, end) inside [0, 9] (9 of 10 steps can be",
-        ),
-        (
-            [*WINDOW, "rollout.tree.window_size=3", "rollout.tree.window_range=[4, 6]"],
-            "window_range = [4, 6]: must hold at least window_size = 3 steps",
-        ),
-        (
-            [*WINDOW, "rollout.tree={kind: window, window_size: 2, window_start: 1, "
-             "window_range: [0, 5]}"],
-            "window_range = [0, 5]: has no effect beside window_start; set one of them to null",
-        ),
-        (
-            [*POINTS, "rollout.tree.branches=2", "rollout.tree.branch_steps=[4, 4]"],
-            "branch_steps = [4, 4]: must ascend from 0 to at most 8 (9 of 10 steps can be trained)",
-        ),
-        ([*POINTS, "rollout.tree.branch_steps=[0]"], "branches = null: kind branch_points needs"),
-        ([*POINTS, "rollout.tree.branches=2"], "branch_steps = []: kind branch_points needs a"),
-    ],
-)  # fmt: skip
-def test_a_tree_must_fit_its_schedule(recipe, overrides, expected):
-    found = lines(recipe, overrides)
-    assert any(expected in line for line in found)
-    assert all(": rollout.tree." in line for line in found)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "leaves", "formula"),
-    [
-        (
-            [*POINTS, "rollout.tree.branches=3", "rollout.tree.branch_steps=[0, 4]"],
-            9,
-            "branches ** steps = 3 ** 2",
-        ),
-        (
-            [*TRUNK, "rollout.tree.branches=4", "rollout.tree.branch_steps=[0, 2, 8]",
-             "rollout.tree.trunks=2"],
-            24,
-            "trunks * steps * branches = 2 * 3 * 4",
-        ),
-    ],
-)  # fmt: skip
-def test_group_size_must_be_the_leaves_and_the_error_says_how_many(
-    recipe, overrides, leaves, formula
-):
-    (line,) = lines(recipe, overrides)
-    assert line == (
-        f"r.yaml: rollout.group_size = 12: must be {leaves}, the leaves of this tree ({formula})"
-    )
-    assert load_config(recipe, [*overrides, f"rollout.group_size={leaves}"])
-
-
-def test_last_step_is_trained_only_when_it_has_a_density(recipe):
-    window = [*WINDOW, "rollout.tree.window_size=3", "rollout.tree.window_start=7"]
-    last = ["rollout.final=sample", "rollout.train_last=true"]
-    assert load_config(recipe, window + last).rollout.tree.window_start == 7
-    assert lines(recipe, [*last, "rollout.dynamics=cps"]) == [
-        "override: rollout.train_last = true: cps adds no noise in its last step; set it to false"
-    ]
-
-
-def test_cps_level_is_an_angle(recipe):
-    assert lines(recipe, ["rollout.dynamics=cps", "rollout.noise_level=1.1"]) == [
-        "override: rollout.noise_level = 1.1: cps takes a level in (0, 1], such as 0.7"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (
-            ["rollout.dynamics=cps", "loss.ratio_norm=true"],
-            "loss.ratio_norm = true: needs a Gaussian log-prob, which cps has with "
-            "rollout.exact_density = true; or leave it at false",
-        ),
-        (
-            ["model.family=sd", "rollout.dynamics=ddim", "loss.timestep_weights=inverse_dt"],
-            "loss.timestep_weights = 'inverse_dt': dynamics ddim has no step length; use std or "
-            "uniform",
-        ),
-        (
-            [*WINDOW, "rollout.tree.window_size=2", "loss.timesteps=[0]"],
-            "loss.timesteps = [0]: kind window trains the steps of rollout.tree.window_start; use "
-            "that",
-        ),
-        (
-            ["loss.timesteps=[0, 1]", "loss.timestep_fraction=0.5"],
-            "loss.timestep_fraction = 0.5: has no effect beside a list of timesteps; set it to 1",
-        ),
-        (
-            ["model.family=sd", "rollout.dynamics=ddim", *WINDOW,
-             "rollout.tree={kind: window, window_size: 2, flash: 0.5}"],
-            "rollout.tree.flash = 0.5: DPM-Solver++ is written for a flow's velocity here; with "
-            "dynamics ddim use null",
-        ),
-        (
-            ["rollout.tree={kind: window, window_size: 2, window_start: 1, "
-             "window_order: decaying}"],
-            "rollout.tree.window_order = 'decaying': has no effect beside window_start, which "
-            "stands still",
-        ),
-    ],
-)  # fmt: skip
-def test_algorithm_settings_that_make_no_sense_together(recipe, overrides, expected):
-    assert lines(recipe, overrides) == [f"override: {expected}"]
-
-
-def test_lists_of_steps_and_weights_are_read(recipe):
-    loss = load_config(
-        recipe, ["loss.timesteps=[0, 3]", "loss.timestep_weights=[1, 2, 3, 4, 5, 6, 7, 8, 9]"]
-    ).loss
-    assert loss.timesteps == [0, 3] and loss.timestep_weights == [float(i) for i in range(1, 10)]
-
-
-def test_two_siblings_are_refused_and_three_are_not(recipe):
-    tree = [*TRUNK, "rollout.tree.branch_steps=[0, 3]", "advantage.credit=siblings"]
-    (line,) = lines(recipe, [*tree, "rollout.tree.branches=2", "rollout.group_size=4"])
-    assert line.startswith(
-        "override: advantage.credit = 'siblings': needs rollout.tree.branches of 3 or more, here 2"
-    )
-    assert load_config(recipe, [*tree, "rollout.tree.branches=3", "rollout.group_size=6"])
-
-
-@pytest.mark.parametrize("credit", ["depth", "siblings"])
-def test_credit_inside_a_tree_has_no_other_scope(recipe, credit):
-    tree = [*TRUNK, "rollout.tree.branch_steps=[0, 3]", "rollout.tree.branches=6"]
-    assert lines(recipe, [*tree, f"advantage.credit={credit}", "advantage.scope=batch"]) == [
-        f"override: advantage.scope = 'batch': credit {credit} normalises inside one prompt's "
-        "tree; use group"
-    ]
-
-
-def test_on_policy_with_several_updates_is_refused(recipe):
-    assert lines(recipe, ["loss.old_log_prob=on_policy", "loss.updates=2"]) == [
-        "override: loss.old_log_prob = 'on_policy': with loss.updates = 2 the later updates are "
-        "off-policy; use recompute (or auto), or updates = 1"
-    ]
-
-
-def test_updates_are_counted_against_the_selected_samples(recipe):
-    assert lines(recipe, ["advantage.best_of_n=4", "loss.updates=5"]) == [
-        "override: loss.updates = 5: a group has 4 trained samples, so at most 4 updates"
-    ]
-    assert load_config(recipe, ["advantage.best_of_n=4", "loss.updates=4"])
-
-
-def test_a_single_sample_is_fine_with_another_scope(recipe):
-    assert load_config(recipe, ["rollout.group_size=1", "advantage.scope=batch"])
-
-
-@pytest.mark.parametrize(
     ("rewards", "reason"),
     [
         ("[{name: a, weight: 0}]", "every weight is 0, so nothing is trained; give one another"),
@@ -379,8 +189,8 @@ def test_all_mistakes_come_together_each_with_its_source(recipe, tmp_path):
         "r.yaml: rollout.grup_size = 8: unknown key; did you mean rollout.group_size?",
         "override: rollout.tree.window_size = 4: has no effect with rollout.tree.kind = "
         "'shared_root'; set that to window or branch_points, or leave it at null",
-        "r.yaml: advantage.credit = 'siblings': needs rollout.tree.kind = trunk_with_branches or "
-        "branch_points; with shared_root use leaf or depth",
+        "r.yaml: advantage.credit = 'siblings': needs rollout.tree.kind = trunk_with_branches, "
+        "branch_points or search; with shared_root use leaf or depth",
     ]  # loss.updates is silent: its limit is group_size, which grup_size was meant to set
 
 

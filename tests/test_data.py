@@ -1,21 +1,18 @@
-"""Prompt files and the order in which prompts are drawn."""
+"""Prompt files: every format, every mistake, and the filters."""
 
+import io
 import json
 import logging
 import random
 import sys
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from dancegrpo_fast.config import DataConfig, UserError
-from dancegrpo_fast.data import Draws, PromptSet
+from dancegrpo_fast.data import PromptSet
 from dancegrpo_fast.prompt import Prompt
-
-
-def prompt_set(count: int) -> PromptSet:
-    return PromptSet(tuple(Prompt(f"prompt {i}") for i in range(count)))
 
 
 def test_load_keeps_order_and_repeated_lines_and_skips_blank_ones(tmp_path):
@@ -252,6 +249,43 @@ def test_parquet(tmp_path):
         PromptSet.load(path)
 
 
+def picture(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 3), (level, 0, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_images_in_a_table_are_kept_by_content(tmp_path, monkeypatch):
+    """As data sets of the hub are saved: a struct of bytes and the name they once had."""
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(picture(9))
+    images = [
+        {"bytes": picture(1), "path": "../../a.png"}, {"bytes": picture(2), "path": None},
+        {"bytes": picture(1), "path": "c.png"}, {"bytes": b"GIF89a no", "path": "d.gif"},
+        {"bytes": None, "path": str(secret)}, None,
+    ]  # fmt: skip
+    rows = [{"prompt": f"p{i}", "image": image} for i, image in enumerate(images)]
+    path = tmp_path / "p.parquet"
+    parquet.write_table(arrow.Table.from_pylist(rows), path)
+    with pytest.raises(UserError) as caught:
+        PromptSet.load(path)
+    broken, outside = str(caught.value).split("\n")
+    assert "row 4: image cannot be read: " in broken
+    assert "row 5: image is not in the table itself" in outside
+    for _ in range(2):  # The second time they are there.
+        found = PromptSet.load(path, malformed="skip").prompts
+        assert [p.text for p in found] == ["p0", "p1", "p2", "p5"] and found[3].image is None
+        assert [p.image.read_bytes() for p in found[:3]] == [picture(1), picture(2), picture(1)]
+    files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert found[0].image == found[2].image and len(files) == 2
+    with Image.open(found[0].image) as image:
+        assert image.size == (5, 3)
+
+
 @pytest.mark.parametrize(
     ("source", "package"), [("p.parquet", "pyarrow"), ("some/prompts:test", "datasets")]
 )
@@ -264,18 +298,34 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, source, package):
     assert f"data.prompts = '{source}': needs the package {package} (pip" in str(caught.value)
 
 
-def test_a_data_set_of_the_hub(monkeypatch):
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     """A stand-in for the package: what is asked of it, and what its errors become."""
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    class ImageColumn:
+        def __init__(self, *, decode):
+            assert not decode
+
+    class Rows(list):
+        features = {"image": ImageColumn(decode=False)}
+
+        def cast_column(self, name, feature):
+            assert name == "image" and isinstance(feature, ImageColumn)
+            return self
 
     def load_dataset(name, *, split):
         if split != "test":
             raise ValueError(f"Unknown split {split!r}")
         assert name == "some/prompts"
-        return [{"prompt": "a", "tag": 1}, {"prompt": "b", "tag": None}]
+        image = {"bytes": picture(7), "path": "a.png"}
+        return Rows([{"prompt": "a", "tag": 1, "image": image}, {"prompt": "b", "tag": None}])
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    found = PromptSet.load("some/prompts:test").prompts
-    assert found == (Prompt("a", None, {"tag": 1}), Prompt("b"))
+    package = SimpleNamespace(load_dataset=load_dataset, Image=ImageColumn)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    first, second = PromptSet.load("some/prompts:test").prompts
+    assert (first.text, first.metadata) == ("a", {"tag": 1}) and second == Prompt("b")
+    assert first.image.read_bytes() == picture(7)
     with pytest.raises(UserError, match="some/prompts': is no file, and cannot .* split 'train'"):
         PromptSet.load("some/prompts")
 
@@ -292,111 +342,6 @@ def test_filters(tmp_path):
     assert len(of().texts) == 4
     with pytest.raises(UserError, match="leave none of its 4 prompts .1 by data.exclude, 3 by"):
         of(match="nsfw", exclude="red")
-
-
-def draws(total: int, count: int, epochs: int | None, seed: int = 0) -> Draws:
-    config = DataConfig(prompts="p", prompts_per_iteration=count, skip_zero_variance=epochs)
-    return Draws(prompt_set(total), config, seed)
-
-
-def test_draws_without_skipping_are_the_batches():
-    plain = draws(7, 3, None)
-    for iteration in range(9):
-        assert plain.batch(iteration) == prompt_set(7).batch(iteration, 0, 3)
-        assert plain.finish([True] * 3) == {}
-
-
-def test_without_silent_prompts_skipping_changes_nothing():
-    """Also the rest of an epoch that is too short is left out alike."""
-    skipping = draws(7, 3, 2)
-    for iteration in range(9):
-        assert skipping.batch(iteration) == prompt_set(7).batch(iteration, 0, 3)
-        assert skipping.finish([False] * 3) == {"data/skipped": 0.0}
-
-
-def test_silent_prompts_come_back_after_so_many_epochs():
-    """Prompts 0 and 3 are silent: drawn in epoch 0, skipped in 1 and 2, drawn in 3."""
-    skipping, seen = draws(8, 2, 2), [Counter() for _ in range(4)]
-    shares = []
-    for iteration in range(4 + 3 + 3 + 4):
-        epoch = skipping.place // 8
-        batch = skipping.batch(iteration)
-        seen[epoch].update(index for index, _ in batch)
-        shares.append(skipping.finish([index in (0, 3) for index, _ in batch])["data/skipped"])
-    assert all(max(counter.values()) == 1 for counter in seen)
-    assert [sorted(set(range(8)) - set(counter)) for counter in seen] == [[], [0, 3], [0, 3], []]
-    assert shares[3:7] == [0.25] * 4 and shares[-1] == 0.25
-
-
-def test_skipping_goes_on_from_a_snapshot():
-    """State through JSON, at any iteration: the same prompts from there on."""
-    whole = draws(10, 3, 2, seed=5)
-    for iteration in range(30):
-        resumed = draws(10, 3, 2, seed=5)
-        resumed.state = json.loads(json.dumps(whole.state))
-        batch = whole.batch(iteration)
-        assert resumed.batch(iteration) == batch == whole.batch(iteration)
-        silent = [index % 3 == 0 for index, _ in batch]
-        assert resumed.finish(silent) == whole.finish(silent)
-        assert resumed.state == whole.state
-
-
-def test_when_everything_is_silent_epochs_pass():
-    skipping = draws(4, 2, 3)
-    for iteration in range(12):
-        batch = skipping.batch(iteration)
-        assert len({index for index, _ in batch}) == 2
-        skipping.finish([True, True])
-    assert skipping.place // 4 == 5 * 4 + 1  # Two iterations of an epoch, then three epochs pass.
-
-
-def test_skipping_needs_prompts_to_skip():
-    with pytest.raises(UserError, match="data.skip_zero_variance = 1: each iteration draws all 4"):
-        draws(4, 5, 1)
-
-
-@pytest.mark.parametrize(
-    ("total", "count"), [(1, 1), (7, 1), (7, 3), (7, 7), (8, 3), (8, 4), (8, 7), (64, 4), (64, 7)]
-)
-def test_an_epoch_holds_every_prompt_at_most_once(total, count):
-    prompts = prompt_set(total)
-    per_epoch = total // count
-    for epoch in range(3):
-        seen = Counter(
-            index
-            for iteration in range(epoch * per_epoch, (epoch + 1) * per_epoch)
-            for index, _ in prompts.batch(iteration, 0, count)
-        )
-        assert len(seen) == per_epoch * count and set(seen.values()) == {1}
-
-
-def test_more_prompts_than_the_set_go_round_it_evenly():
-    prompts = prompt_set(5)
-    seen = Counter(index for i in range(3) for index, _ in prompts.batch(i, 9, 12))
-    assert sum(seen.values()) == 36 and max(seen.values()) - min(seen.values()) <= 1
-
-
-def test_a_batch_is_a_function_of_seed_and_iteration_alone():
-    forward = [prompt_set(10).batch(i, 3, 4) for i in range(6)]
-    backward = [prompt_set(10).batch(i, 3, 4) for i in reversed(range(6))][::-1]
-    assert forward == backward
-    assert all(p.text == f"prompt {index}" for batch in forward for index, p in batch)
-    assert forward != [prompt_set(10).batch(i, 4, 4) for i in range(6)]
-    # Two iterations an epoch: epochs differ, and so does what an epoch leaves out.
-    epochs = [sorted(i for b in forward[e : e + 2] for i, _ in b) for e in (0, 2, 4)]
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-
-
-def test_the_order_is_uniform():
-    """Each of 4 prompts comes first in a quarter of the epochs: 1000 epochs, 6 standard errors."""
-    first = Counter(prompt_set(4).batch(4 * epoch, 1, 1)[0][0] for epoch in range(1000))
-    assert all(abs(first[i] - 250) < 6 * (1000 * 0.25 * 0.75) ** 0.5 for i in range(4))
-
-
-@pytest.mark.parametrize(("iteration", "count"), [(-1, 1), (0, 0)])
-def test_impossible_arguments_are_refused(iteration, count):
-    with pytest.raises(ValueError, match=f"iteration = {iteration}, count = {count}"):
-        prompt_set(2).batch(iteration, 0, count)
 
 
 def test_lengths_that_exclude_everything_are_refused(tmp_path):

@@ -7,18 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tree_oracle import (
+from tree_case import (
     CLIP,
     EXPERTS,
     Case,
     call_loss,
-    explicit_losses,
-    explicit_terms,
     explicit_transitions,
-    explicit_updates,
     package_updates,
     schedule_updates,
 )
+from tree_oracle import explicit_losses, explicit_terms, explicit_updates
 from tree_stand_ins import BOX, SCHEDULE, draw
 
 from dancegrpo_fast.losses.policy_gradient import recompute_log_prob

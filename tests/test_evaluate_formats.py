@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from recipe_cases import RECIPE
 
-from dancegrpo_fast.config import UserError
+from dancegrpo_fast.cli.evaluate import _rewards, add_parser
+from dancegrpo_fast.config import RunConfig, UserError
+from dancegrpo_fast.evaluating import Model
 from dancegrpo_fast.report import benchmarks
 from dancegrpo_fast.report.benchmarks import BENCHMARKS, STYLES, load_benchmark
+from dancegrpo_fast.rewards import REWARDS
+from dancegrpo_fast.rewards.loading import arguments
 
 PLACES = ("desk", "hill", "roof", "pier")
 EIGHT = [f"a {thing} on a {place}" for thing in ("cup", "fox") for place in PLACES]
@@ -116,6 +123,46 @@ def test_hpsv2_of_another_shape(tmp_path, content, reason):
         path.write_text(content)
     with pytest.raises(UserError, match=f"--prompts = .*all.json.*{reason}.*give a folder with"):
         load_benchmark("hpsv2", str(path))
+
+
+def test_other_prompts_than_expected_are_refused(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("\n".join(EIGHT) + "\n")
+    found = load_benchmark("plain", str(path)).sha256
+    assert found == hashlib.sha256("\n".join(EIGHT).encode()).hexdigest()
+    for expect in (found, found[:8].upper()):
+        assert load_benchmark("plain", str(path), expect=expect).sha256 == found
+    with pytest.raises(UserError, match=f"the 7 prompts of .*p.txt have the SHA-256 (?!{found})"):
+        load_benchmark("plain", str(path), limit=7, expect=found)
+
+
+def documented() -> list[argparse.Namespace]:
+    """The commands of docs/evaluation.md that name a set or what is measured on it."""
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    lines = [line for line in text.split("\n") if line.startswith("dancegrpo-fast evaluate ")]
+    found = [parser.parse_args(shlex.split(line)[1:]) for line in lines]
+    return [args for args in found if args.reward]
+
+
+def test_every_set_has_a_documented_command():
+    """Each names rewards of ours, with settings that their constructors take."""
+    commands = documented()
+    assert {args.format for args in commands} == set(BENCHMARKS)
+    model = Model("base", RunConfig.model_validate(RECIPE), None)
+    measured = set()
+    for args in commands:
+        for config in _rewards(args, [model]):
+            name = config.name.partition(".")[0]
+            arguments(REWARDS[name].load(), config, "rewards.0")
+            measured.add((args.format, config.name))
+    assert {
+        ("hpsv2", "hpsv2"), ("pickapic", "pickscore"), ("plain", "clip_score"),
+        ("geneval", "geneval"), ("videoalign", "videoalign.VQ"), ("videoalign", "videoalign.MQ"),
+        ("videoalign", "videoalign.TA"), ("drawbench", "deqa"), ("drawbench", "imagereward"),
+        ("ocr", "ocr"),
+    } <= measured  # fmt: skip
 
 
 def test_published_sets_are_told_from_others(tmp_path, monkeypatch):

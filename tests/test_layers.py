@@ -19,10 +19,10 @@ LEVELS: tuple[set[str], ...] = (
     {"ops"},
     {"schedules", "dynamics", "transitions"},
     {"policy", "batching", "tree", "trajectories", "advantages", "roles", "prompt", "placing",
-     "timesteps", "windows", "chains", "faults"},
+     "timesteps", "windows", "chains", "candidates", "faults"},
     {"rollout", "search", "losses", "models", "rewards", "parallel", "checkpoint", "data", "report",
      "quiet", "verification"},
-    {"trainer", "planner", "pool", "updating",
+    {"trainer", "planner", "pool", "updating", "drawing", "searching",
      "run", "networks", "lock", "held_out", "profiling",
      "evaluating"},
     {"cli"},
@@ -42,6 +42,7 @@ ARROWS = {
     ("timesteps", "tree"),
     ("windows", "tree"),
     ("chains", "tree"),
+    ("candidates", "tree"),
     ("trajectories", "tree"),
     ("trajectories", "batching"),
     ("rollout", "models"),
@@ -55,6 +56,10 @@ ARROWS = {
     ("trainer", "pool"),
     ("planner", "pool"),  # What is drawn in which part, and again.
     ("trainer", "networks"),
+    ("trainer", "drawing"),
+    ("trainer", "searching"),
+    ("drawing", "searching"),
+    ("searching", "pool"),
     ("planner", "networks"),  # Which splits a network can do.
     ("planner", "updating"),  # Where old log-probs come from.
     ("policy", "placing"),

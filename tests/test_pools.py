@@ -1,4 +1,4 @@
-"""Samples in parts: drawn again for training, scored while the next are drawn, planned."""
+"""Samples in parts: drawn again for training, on two processes, planned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import os
 import subprocess
 import sys
-import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pool_cases import iterations
 from pool_worker import AGAIN, CASES, POOL
 from test_planner import Measured, live_storages
 from tiny_models import CPU, tiny_config
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dancegrpo_fast import pool
 from dancegrpo_fast.batching import leaf_owners
-from dancegrpo_fast.config import RolloutConfig, RunConfig, UserError
+from dancegrpo_fast.config import RolloutConfig, UserError
 from dancegrpo_fast.models import open_family
 from dancegrpo_fast.planner import Hardware, Planner
 from dancegrpo_fast.planner.tracing import ATTENTION_FLOPS
-from dancegrpo_fast.rewards.combine import Threshold, WinRate
-from dancegrpo_fast.rewards.scoring import Scoring, score_latents, waits
 from dancegrpo_fast.trainer import Trainer
 
 TREE = "rollout.tree"
@@ -94,33 +91,6 @@ def test_a_rank_without_chosen_samples_draws_a_valid_one():
 
 
 # ---- drawn again ---------------------------------------------------------------------------------
-
-
-def iterations(config: RunConfig, count: int = 2) -> dict[str, Any]:
-    """What some iterations drew, trained and left."""
-    torch.set_num_threads(1)
-    trainer = Trainer(config, CPU)
-    seen: dict[str, Any] = {"trained": [], "rewards": [], "parts": []}
-    score, update = trainer.score, trainer.update
-
-    def scored(*arguments: Any) -> np.ndarray:
-        seen["rewards"].append(score(*arguments))
-        return seen["rewards"][-1]
-
-    def updated(updates: Any, drawn: Any, *arguments: Any) -> dict[str, float]:
-        items = [item for u in updates for call in u.calls for item in call.items]
-        places = {(i.prompt, s) for i in items for s in (i.state, *i.children)}
-        log_probs = {(i.prompt, child) for i in items for child in i.children}
-        seen["trained"].append({place: drawn.latents[place].clone() for place in sorted(places)})
-        seen["trained"].append({place: drawn.log_prob[place].clone() for place in log_probs})
-        seen["stored"] = len(drawn.latents)
-        return update(updates, drawn, *arguments)
-
-    trainer.score, trainer.update = scored, updated  # type: ignore[method-assign]
-    seen["metrics"] = [trainer.iteration() for _ in range(count)]
-    seen["weights"] = {k: p.detach().clone() for k, p in trainer.policy.trainable().items()}
-    seen["parts"] = len(trainer.chunks)
-    return seen
 
 
 def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -259,176 +229,6 @@ def test_a_signal_between_parts_stops_both_at_one_place(two_processes):
     first, second = (found["stopped"] for found in two_processes)
     assert first == second
     assert first[0] == "sample" and 2 <= first[1] < 5
-
-
-# ---- scored in parts, while the next is drawn ----------------------------------------------------
-
-
-class Mean:
-    """Mean pixel; `remote` runs in the thread. Notes who calls it and how many at once."""
-
-    def __init__(self, name: str = "mean", remote: bool = False, groupwise: bool = False) -> None:
-        self.name, self.remote, self.groupwise = name, remote, groupwise
-        self.calls: list[tuple[str, int]] = []
-        self.inside = self.most = 0
-
-    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-        self.calls.append((threading.current_thread().name, len(prompts)))
-        assert not torch.is_grad_enabled()
-        values = videos.mean(dim=(1, 2, 3, 4))
-        self.inside -= 1
-        return values - values.mean() if self.groupwise else values
-
-
-def decode(latents: Tensor) -> Tensor:
-    return latents.transpose(1, 2).expand(-1, -1, 3, -1, -1).contiguous()
-
-
-PROMPTS = ["a", "a", "a", "b", "b", "b", "c"]
-OPTIONS: dict[str, Any] = {"batch_size": 2, "groups": [0, 0, 0, 1, 1, 1, 2]}
-
-
-def clips() -> Tensor:
-    latents = torch.rand(7, 1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    latents[4, 0, 0, 0, 0] = torch.nan
-    return latents
-
-
-def in_parts(rewards: list[Any], cuts: tuple[int, ...]) -> Any:
-    with Scoring(PROMPTS, decode, rewards, **OPTIONS) as scoring:
-        for part in torch.tensor_split(clips(), cuts):
-            scoring.add(part)
-        return scoring.finish()
-
-
-@pytest.mark.parametrize("remote", [False, True])
-@pytest.mark.parametrize("cuts", [(), (2, 4), (1, 2, 5), (0, 7)])
-def test_scores_in_parts_are_those_of_all_at_once(cuts, remote):
-    """Also of a group that comes in two parts, and next to a broken sample."""
-    whole = score_latents(
-        clips(), PROMPTS, decode, [Mean(), Mean("a"), Mean("group", groupwise=True)], **OPTIONS
-    )
-    rewards = [Mean(), Mean("a", remote), Mean("group", remote, groupwise=True)]
-    found = in_parts(rewards, cuts)
-    assert whole.values[:, 0].isnan().tolist() == [False] * 4 + [True] + [False] * 2
-    # A batch of other samples gives each the same mean: they do not touch.
-    np.testing.assert_array_equal(found.values[:, :2], whole.values[:, :2])
-    assert found.reasons == whole.reasons
-    assert found.reasons[1:] == ("a: it returned nan", "group: a pixel is not finite")
-    assert torch.equal(found.clip, whole.clip)
-    threads = {name for reward in rewards[1:] for name, _ in reward.calls}
-    assert threads == ({"rewards"} if remote else {"MainThread"})
-    assert {name for name, _ in rewards[0].calls} == {"MainThread"}
-    assert max(reward.most for reward in rewards) == 1
-    # Groups are scored whole, as soon as they are there.
-    sizes = [count for _, count in rewards[2].calls]
-    assert sizes == ([3, 3] if cuts in ((2, 4), (1, 2, 5)) else [6])
-
-
-def test_a_group_gets_the_same_scores_whichever_part_completes_it():
-    """The mean over its own prompt alone: win rates need no other prompt."""
-    whole = in_parts([WinRate(Mean())], ())
-    parts = in_parts([WinRate(Mean(remote=True))], (1, 2, 5))
-    np.testing.assert_array_equal(whole.values, parts.values)
-
-
-def test_errors_of_the_thread_are_those_of_the_run():
-    class Raises(Mean):
-        def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
-            raise OSError("no route")
-
-    class Wrong(Mean):
-        def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
-            return torch.zeros(1 + len(prompts))
-
-    found = in_parts([Raises("r", remote=True), Mean()], (3,))
-    assert found.values[:, 0].isnan().all() and found.reasons[0] == "r: OSError: no route"
-    assert found.first_error == "r: OSError: no route"
-    with pytest.raises(UserError, match="reward w returned shape"):
-        in_parts([Wrong("w", remote=True)], (3,))
-
-
-def test_leaving_early_joins_the_thread_and_drops_what_waits():
-    entered, leave = threading.Event(), threading.Event()
-
-    class Slow(Mean):
-        def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
-            entered.set()
-            assert leave.wait(60)
-            return super().__call__(videos, prompts)
-
-    reward = Slow(remote=True)
-    with pytest.raises(RuntimeError, match="a signal"):
-        with Scoring(PROMPTS, decode, [reward], **OPTIONS) as scoring:
-            scoring.add(clips())
-            assert entered.wait(60)
-            threading.Timer(0.05, leave.set).start()
-            raise RuntimeError("a signal")
-    assert len(reward.calls) == 1, "three batches waited"
-    assert "rewards" not in {thread.name for thread in threading.enumerate()}
-
-
-def test_pixels_of_two_parts_wait_at_most():
-    entered, leave = threading.Event(), threading.Event()
-
-    class Slow(Mean):
-        def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
-            entered.set()
-            assert leave.wait(60)
-            return super().__call__(videos, prompts)
-
-    reward = Slow(remote=True)
-    with Scoring(PROMPTS, decode, [reward], **OPTIONS) as scoring:
-        parts = torch.tensor_split(clips(), (1, 2))
-        scoring.add(parts[0])
-        scoring.add(parts[1])
-        assert entered.wait(60) and not reward.calls
-        threading.Timer(0.05, leave.set).start()
-        scoring.add(parts[2])  # Waits for the first.
-        assert reward.calls
-        scoring.finish()
-
-
-def test_what_waits():
-    plain, remote = Mean(), Mean(remote=True)
-    assert [waits(r) for r in (plain, remote)] == [False, True]
-    assert waits(Threshold(WinRate(remote), 0.5)) and not waits(Threshold(plain, 0.5))
-
-
-def test_the_next_part_is_drawn_while_one_is_scored(tmp_path, tiny_wan_folder):
-    """The first score does not return before the second part's draw has begun."""
-    begun = threading.Event()
-
-    class Waits(Mean):
-        met = True
-
-        def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
-            self.met = self.met and begun.wait(60)
-            return super().__call__(videos, prompts)
-
-    config = tiny_config(tmp_path / "a", tiny_wan_folder, {"rollout.batch_size": 1})
-    plain = iterations(config, 1)
-    trainer = Trainer(tiny_config(tmp_path / "b", tiny_wan_folder, {"rollout.batch_size": 1}), CPU)
-    reward = Waits("bright", remote=True)
-    trainer.rewards = [reward]
-    trainer.chunks = pool.chunks(config.rollout, trainer.owner, waiting=True)
-    assert len(trainer.chunks) == 2
-    sample, calls = trainer.sample, 0
-
-    def watched(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            begun.set()
-        return sample(*arguments, **named)
-
-    trainer.sample = watched  # type: ignore[method-assign]
-    assert trainer.iteration() == plain["metrics"][0]
-    assert calls == 2 and reward.met and reward.most == 1
-    for name, parameter in trainer.policy.trainable().items():
-        assert torch.equal(parameter, plain["weights"][name])
 
 
 def test_some_failures_are_allowed(tmp_path, tiny_wan_folder):

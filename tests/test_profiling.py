@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
+import py_compile
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny_config
 
 from dancegrpo_fast.cli import main
+from dancegrpo_fast.profiling import Profile
 from dancegrpo_fast.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +45,21 @@ def test_trace_and_summary_are_written(profiled):
         assert re.search(rf"\| {stage} \| [\d.]+ \| \d+% \|", text)
     operators = text.split("## Operators")[1].split("##")[0]
     assert "| aten::" in operators and ".py(" not in operators
+
+
+def test_modules_may_be_imported_meanwhile(tmp_path, monkeypatch):
+    """Their code is gone when torch reads the names of its frames: UnicodeDecodeError in 2.13."""
+    names = [f"imported_while_profiled_{number}" for number in range(40)]
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"class {name.title()}:\n    def f(self): pass\n")
+        py_compile.compile(str(tmp_path / f"{name}.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with Profile(tmp_path, 1, torch.device("cpu")).of(1, {"sample": 1.0}):
+        for name in names:
+            importlib.import_module(name)
+    with gzip.open(tmp_path / "trace.json.gz") as file:
+        found = " ".join({event.get("name", "") for event in json.load(file)["traceEvents"]})
+    assert all(f"/{name}.py(" in found for name in names)
 
 
 @pytest.mark.parametrize("number", ["0", "100000"])

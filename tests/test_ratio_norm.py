@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import CPU, tiny_config
 from torch import Tensor
-from tree_oracle import Case, schedule_updates
+from tree_case import Case, schedule_updates
 from tree_stand_ins import SCHEDULE, ReferencePolicy
 
 from dancegrpo_fast.batching import Call

@@ -347,13 +347,20 @@ def test_a_wan_pipeline_learns_what_is_differentiated(tmp_path, tiny_wan_folder)
     assert last["reward/mean"] > first["reward/mean"] + 1.5 * first["reward/std_in_group"]
 
 
-def test_a_reward_without_a_gradient_is_refused_by_name(tmp_path, tiny_wan_folder) -> None:
+def test_a_reward_without_a_gradient_is_refused_by_name(
+    tmp_path, tiny_wan_folder, monkeypatch
+) -> None:
+    def loaded(*arguments: object) -> None:
+        raise AssertionError("networks were loaded before the reward was refused")
+
     names = differentiable_names()
     assert {"colourfulness", "aesthetic", "imagereward"} & set(names) and "ocr" not in names
     for reward in ({"name": "jpeg_compressibility"}, {"name": "colourfulness", "threshold": 0.5}):
         config = tiny_config(tmp_path, tiny_wan_folder, DIRECT | {"rewards": [reward]})
-        with pytest.raises(UserError, match=r"rewards.0.name = .*no gradient.*colourfulness"):
-            Trainer(config, CPU)
+        with monkeypatch.context() as patch:
+            patch.setattr("dancegrpo_fast.trainer.assemble", loaded)
+            with pytest.raises(UserError, match=r"rewards.0.name = .*no gradient.*colourfulness"):
+                Trainer(config, CPU)
     logged = [{"name": "colourfulness"}, {"name": "jpeg_compressibility", "weight": 0}]
     assert Trainer(tiny_config(tmp_path, tiny_wan_folder, DIRECT | {"rewards": logged}), CPU)
 

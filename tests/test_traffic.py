@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import planning
 import traffic
 from tiny_models import tiny_config
 
@@ -53,8 +54,23 @@ def test_gradients_cross_machines_once_per_update(patterns):
     assert calls(patterns["ours"], "update/reduce_scatter_tensor/inside") > GROUPS
 
 
+def test_the_planned_public_pattern_is_the_counted_one(tmp_path, tiny_wan_folder):
+    """As benchmarks/planning.py compares with, whatever a recipe itself says."""
+    ours = tiny_config(tmp_path, tiny_wan_folder, traffic.COMMON | traffic.PATTERNS["ours"])
+    planned = planning.public(ours, traffic.PROCESSES)
+    for path, value in traffic.PATTERNS["public"].items():
+        section, name = path.split(".")
+        assert getattr(getattr(planned, section), name) == value
+    parallel = planned.parallel
+    assert (parallel.dp_replicate, parallel.dp_shard, parallel.sp) == (1, traffic.PROCESSES, 1)
+    work = work_of(planned, open_family(planned.model), traffic.PROCESSES)
+    # One prompt a process, each of its 8 samples alone: 8 steps, 0.6 of 7 of them trained.
+    assert work.rollout["transformer"] == [1] * 64
+    assert work.training[0]["transformer"] == [1] * 32
+
+
 def test_the_planner_predicts_what_is_counted(patterns, tmp_path, tiny_wan_folder):
-    """To the byte."""
+    """To the byte, and to the collective."""
     for name, pattern in traffic.PATTERNS.items():
         config = tiny_config(tmp_path, tiny_wan_folder, traffic.COMMON | pattern)
         family = open_family(config.model)
@@ -65,12 +81,14 @@ def test_the_planner_predicts_what_is_counted(patterns, tmp_path, tiny_wan_folde
             work_of(config, family, traffic.PROCESSES), width=4, reference=False, copied=False,
         )  # fmt: skip
         for stage, moved in zip(("rollout", "update"), planned, strict=True):
-            counted = {
-                reach: sum(
+
+            def counted(kind: str, reach: str = "", of: str = name, stage: str = stage) -> int:
+                return sum(
                     size
-                    for key, size in patterns[name]["received"].items()
+                    for key, size in patterns[of][kind].items()
                     if key.startswith(stage) and key.endswith(reach) and "/values/" not in key
                 )
-                for reach in ("inside", "between")
-            }
-            assert vars(moved) == pytest.approx(counted), (name, stage)
+
+            found = {reach: counted("received", reach) for reach in ("inside", "between")}
+            found["collectives"] = counted("calls")
+            assert vars(moved) == pytest.approx(found), (name, stage)

@@ -41,6 +41,13 @@ exit codes: 0 done, 1 defect (with a traceback), 2 your mistake (one line each),
 """
 
 
+class _Help(argparse.HelpFormatter):
+    """Fills descriptions, and leaves examples as they are written."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 class _UsageError(Exception):
     exit_code = 2
 
@@ -89,7 +96,7 @@ def _run(arguments: list[str]) -> int:
         prog="dancegrpo-fast",
         description="GRPO post-training for diffusion and flow models.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     command = arguments[0] if arguments and arguments[0] in COMMANDS else None
@@ -98,6 +105,7 @@ def _run(arguments: list[str]) -> int:
         if name == command:
             module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
             module.add_parser(subparsers)
+            subparsers.choices[name].formatter_class = _Help
         else:
             subparsers.add_parser(name, help=summary)
     # argparse stops collecting overrides at the first option; take those after it too.

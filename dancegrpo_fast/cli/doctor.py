@@ -36,14 +36,14 @@ class Line:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Adds the command to the command line."""
-    parser = subparsers.add_parser(
+    subparsers.add_parser(
         "doctor",
-        help="what this installation can do, what is missing, how to get it",
-        description="Prints what this installation can do. Exit code 0, or 2 if the core cannot "
-        "run.\n\nexample: dancegrpo-fast doctor",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Prints a line for each thing that was looked at: what works, what is missing, what "
+            "that costs and how to get it. Exit code 0, or 2 if the core cannot run."
+        ),
+        epilog="example:\n  dancegrpo-fast doctor",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,6 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "embed",
-        help="embed the prompts of a recipe ahead of its run",
         description=(
             "Embeds the training and held-out prompts of a recipe (and their images), over all "
             "processes, so that training loads no text encoder. What is there already is left "
@@ -33,10 +32,11 @@ examples:
   torchrun --nproc-per-node 8 -m dancegrpo_fast embed recipes/flux_hps.yaml
   dancegrpo-fast embed recipes/flux_hps.yaml --import data/rl_embeddings
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="YAML recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields of the recipe, by dotted path"
+    )
     parser.add_argument(
         "--import",
         dest="folder",

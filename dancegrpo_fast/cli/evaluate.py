@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="compare models on held-out prompts, with intervals",
         description=(
             "Draws every prompt with every model from the same noise, with the stock diffusers "
             "pipeline, scores the samples and compares each model with the first. Writes "
@@ -34,18 +34,30 @@ examples:
   dancegrpo-fast evaluate recipes/flux_lora.yaml --weights exported --prompts p.txt --out lora
   dancegrpo-fast evaluate runs/demo --prompts p.txt --seeds 4 --audit --out audited
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="run folders or recipes")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="or folder, or hub id")
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="prompts: a file, a folder or a hub id"
+    )
     parser.add_argument(
         "--format",
         default="plain",
         metavar="NAME",
-        help="what FILE is: plain, hpsv2, pickapic, geneval, drawbench, videoalign or ocr",
+        help="what FILE is: plain, hpsv2, pickapic, geneval, drawbench, videoalign or ocr (default "
+        "plain: as data.prompts of a recipe)",
     )
-    parser.add_argument("--column", metavar="NAME", help="of the prompt, if not the format's own")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts (hpsv2: each)")
+    parser.add_argument(
+        "--column", metavar="NAME", help="key or column of the prompt, if not the format's own"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only the first N prompts (hpsv2: of each style)"
+    )
+    parser.add_argument(
+        "--expect",
+        metavar="SHA256",
+        help="refuse other prompts than those of this hash (or its beginning), which a first call "
+        "writes as prompts_sha256",
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything is kept")
     parser.add_argument(
         "--weights",
@@ -61,12 +73,22 @@ examples:
         help="a name of the recipe's or of ours, path/to/file.py:ClassName, or a mapping as in a "
         "recipe, '{name: hpsv2, path: ...}'; may be repeated (default: the recipe's)",
     )
-    parser.add_argument("--seeds", type=int, default=1, help="samples of a prompt (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="root of the initial noise (default 0)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the recipes')")
-    parser.add_argument("--best-of", metavar="N,N", help="best-of-n curves by the first reward")
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="samples of a prompt (default 1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="root of the initial noise (default 0)"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps (default: the recipes')"
+    )
+    parser.add_argument(
+        "--best-of", metavar="N,N,...", help="best-of-n curves by the first reward, at most --seeds"
+    )
     parser.add_argument("--audit", action="store_true", help="look for rewards that were cheated")
-    parser.add_argument("--no-base", action="store_true", help="do not add the base model")
+    parser.add_argument(
+        "--no-base", action="store_true", help="do not add the base model of the first source"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
 
     counts, models = _checked(args), list(_models(args))
     chosen = _rewards(args, models)
-    read = load_benchmark(args.format, args.prompts, column=args.column, limit=args.limit)
+    read = load_benchmark(
+        args.format, args.prompts, column=args.column, limit=args.limit, expect=args.expect
+    )
     world, out = World.from_environment(), Path(args.out)
     lock = FolderLock(out, world)
     try:
@@ -113,12 +137,14 @@ def run(args: argparse.Namespace) -> int:
                 scores,
                 counts,
                 work.findings(scores) if args.audit else {},
-                {"format": args.format, "seeds": args.seeds, "seed": args.seed, "models_sha256":
+                {"format": args.format, "prompts_sha256": read.sha256, "seeds": args.seeds,
+                 "seed": args.seed, "models_sha256":
                  dict(zip((model.name for model in models), work.ids, strict=True))},
             )  # fmt: skip
             print(table(results))
             write_json(results, out / "evaluation.json")
-            page = write_page(results, work.videos, out / "page.html")
+            fps = [model.config.model.fps or 8 for model in models]
+            page = write_page(results, work.videos, out / "page.html", fps=fps)
             print(f"\n{drawn} samples drawn and {scored} scores computed now; {page}")
         world.barrier()
     finally:
@@ -143,6 +169,10 @@ def _checked(args: argparse.Namespace) -> tuple[int, ...]:
     if args.format not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
         raise UserError(f"--format = {args.format!r}: no such format; known: {known}")
+    if args.expect is not None and not re.fullmatch("[0-9a-fA-F]{8,64}", args.expect):
+        raise UserError(f"--expect = {args.expect!r}: must be 8 to 64 hex digits of a SHA-256")
+    if args.column is not None and args.format == "hpsv2":
+        raise UserError("--column: hpsv2 is lists of texts, which have no columns; leave it out")
     if args.best_of is None:
         return ()
     try:
@@ -169,7 +199,9 @@ def _models(args: argparse.Namespace) -> Iterator[Model]:
         if not recipe.is_file():
             raise UserError(f"SOURCE = {text!r}: is neither a recipe nor the folder of a run")
         config = load_config(recipe, [])
-        if not position and not (args.no_base and (source.is_dir() or args.weights)):
+        if not position and args.no_base and not source.is_dir() and not args.weights:
+            raise UserError(f"--no-base: SOURCE {text!r} is a base model itself; leave one out")
+        if not position and not args.no_base:
             found.append(Model("base", config, None))
         if source.is_dir():
             if not (source / "final").is_dir():

@@ -11,14 +11,12 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "export",
-        help="write a run's weights as a diffusers pipeline or LoRA",
         description=(
             "Loads the newest undamaged snapshot of a run and writes what a stock pipeline loads: "
             "a whole folder (policy.train = full) or LoRA weights (lora). Averaged weights if the "
             "run keeps them. A finished run has already written this to its folder `final`."
         ),
         epilog="example:\n  dancegrpo-fast export runs/demo exported",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("out", help="folder to write; must not hold anything yet")

@@ -38,7 +38,6 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "fetch",
-        help="download what a recipe needs, for machines without internet",
         description=(
             "Downloads into the local hub cache what a recipe names by hub id: the pipeline "
             "(model.path at model.revision: configurations, vocabularies and safetensors of the "
@@ -55,10 +54,11 @@ examples:
 
 A model behind a licence: accept it on its page, then log in with `hf auth login`.
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="YAML recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields of the recipe, by dotted path"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

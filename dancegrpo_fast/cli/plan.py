@@ -13,15 +13,25 @@ if TYPE_CHECKING:
     from dancegrpo_fast.tree import TreePlan
 
 
+HARDWARE: dict[str, tuple[str, float, str]] = {
+    # option: unit, default, what it is
+    "machine_gpus": ("N", 8, "GPUs of a machine"),
+    "memory": ("GB", 80, "memory of a GPU"),
+    "efficiency": ("SHARE", 0.4, "share of the peak that is reached"),
+    "peak": ("TFLOPS", 989, "peak of a GPU in the recipe's arithmetic, an H100's"),
+    "link": ("GB/s", 50, "what a GPU receives from other machines"),
+}
+
+
 def add_parser(subparsers: Any) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "plan",
-        help="print the denoising tree of a recipe and what it costs",
         description=(
             "Prints the tree that every prompt of an iteration follows, level by level, and counts "
             "network evaluations with and without sharing. With --gpus, also memory by phase, "
-            "products, bytes on the wire and projected time, and a mesh to choose. Loads nothing."
+            "products, bytes on the wire and projected time, a mesh to choose and the largest "
+            "batches that fit there. Loads nothing."
         ),
         epilog="""\
 examples:
@@ -31,25 +41,25 @@ examples:
   dancegrpo-fast plan recipes/flux_hps.yaml --gpus 16
   dancegrpo-fast plan recipes/flux_hps.yaml --gpus 16 --memory 141 --efficiency 0.3 --json
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="YAML recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe")
     parser.add_argument(
-        "--iteration", type=int, default=0, help="a drawn window differs by iteration (default 0)"
+        "overrides", nargs="*", metavar="key=value", help="fields of the recipe, by dotted path"
     )
-    options: tuple[tuple[str, str, float | None, str], ...] = (
-        ("--gpus", "N", None, "GPUs of the run"),
-        ("--machine-gpus", "N", 8, "GPUs of a machine (default 8)"),
-        ("--memory", "GB", 80, "memory of a GPU (default 80)"),
-        ("--efficiency", "SHARE", 0.4, "of the peak that is reached (default 0.4)"),
-        ("--peak", "TFLOPS", 989, "of a GPU, in the arithmetic's type (default 989: H100)"),
-        ("--link", "GB/s", 50, "a GPU receives from other machines (default 50)"),
+    parser.add_argument(
+        "--iteration",
+        type=int,
+        default=0,
+        metavar="N",
+        help="iteration whose tree is shown: a window moves (default 0)",
     )
-    for name, unit, default, text in options:
+    gpus = parser.add_argument_group("projected")
+    gpus.add_argument("--gpus", type=int, metavar="N", help="GPUs of the run; the others need it")
+    for name, (unit, default, text) in HARDWARE.items():
         kind = int if unit == "N" else float
-        parser.add_argument(name, type=kind, metavar=unit, default=default, help=text)
-    parser.add_argument("--json", action="store_true", help="the plan for --gpus as JSON")
+        option = f"--{name.replace('_', '-')}"
+        gpus.add_argument(option, type=kind, metavar=unit, help=f"{text} (default {default:g})")
+    gpus.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from dancegrpo_fast.quiet import quiet_libraries
 
     quiet_libraries()
+    from dancegrpo_fast.candidates import visited
     from dancegrpo_fast.config import UserError
     from dancegrpo_fast.models import open_family
     from dancegrpo_fast.rollout import plan_iteration
@@ -72,22 +83,34 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(str(error)) from error
     if not args.json:
         modules = family.grid.module_names(plan.schedule)
-        print("\n".join([*tree_lines(plan, modules), "", *cost_lines(plan, config)]))
+        walked = visited(config.rollout, plan.schedule) if _searches(config) else plan
+        print("\n".join([*tree_lines(walked, modules), "", *cost_lines(plan, config)]))
     if args.gpus is not None:
         _plan_run(config, family, args)
     return 0
 
 
+def _searches(config: RunConfig) -> bool:
+    return config.rollout.tree.kind == "search"
+
+
 def _check_options(args: argparse.Namespace) -> None:
     from dancegrpo_fast.config import UserError
 
-    if args.json and args.gpus is None:
-        raise UserError("--json: prints the plan for a number of GPUs; give --gpus N")
+    if args.iteration < 0:
+        raise UserError(f"--iteration = {args.iteration}: must be at least 0")
+    for name in ("json", *HARDWARE):
+        if args.gpus is None and getattr(args, name) not in (None, False):
+            option = name.replace("_", "-")
+            raise UserError(f"--{option}: is about a number of GPUs; give --gpus N")
+    for name, (_, default, _) in HARDWARE.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus = {args.gpus}: must be at least 1")
     if args.efficiency > 1:
         raise UserError(f"--efficiency = {args.efficiency:g}: is a share of the peak, at most 1")
-    for name in ("machine_gpus", "memory", "efficiency", "peak", "link"):
+    for name in HARDWARE:
         if not getattr(args, name) > 0:
             option = name.replace("_", "-")
             raise UserError(f"--{option} = {getattr(args, name):g}: must be above 0")
@@ -95,7 +118,16 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _plan_run(config: RunConfig, family: Family, args: argparse.Namespace) -> None:
     """The planner's part: the recipe's own mesh, then the one to choose."""
-    from dancegrpo_fast.planner import Hardware, Planner, mesh_text, plan_lines, plan_values
+    from dancegrpo_fast.planner import (
+        Hardware,
+        Planner,
+        batch_lines,
+        largest_batches,
+        mesh_text,
+        plan_lines,
+        plan_values,
+    )
+    from dancegrpo_fast.planner.batches import image_tokens
 
     hardware = Hardware(
         args.gpus, args.machine_gpus, args.memory * 1e9, args.efficiency, args.peak * 1e12,
@@ -105,7 +137,10 @@ def _plan_run(config: RunConfig, family: Family, args: argparse.Namespace) -> No
     own = planner.estimate(hardware)  # A mesh that does not fit the GPUs ends here.
     best = planner.recommend(hardware)
     if args.json:
-        found = None if best is None else plan_values(best[0], hardware)
+        found = None
+        if best is not None:
+            largest = largest_batches(planner, best[0], hardware)
+            found = plan_values(best[0], hardware) | {"largest_batches": largest}
         print(json.dumps({"recipe": plan_values(own, hardware), "recommended": found}))
         return
     lines = ["", *plan_lines(own, hardware), ""]
@@ -121,6 +156,7 @@ def _plan_run(config: RunConfig, family: Family, args: argparse.Namespace) -> No
             f"recommended: {mesh_text(estimate)}",
             f"{estimate.total:.1f} s instead of {own.total:.1f} s, projected; because",
             *(f"  {reason}" for reason in reasons),
+            *batch_lines(largest_batches(planner, estimate, hardware), image_tokens(family)),
         ]
     print("\n".join(lines))
 
@@ -145,6 +181,8 @@ def tree_lines(plan: TreePlan, modules: tuple[str, ...]) -> list[str]:
 
 def cost_lines(plan: TreePlan, config: RunConfig) -> list[str]:
     """Network evaluations of one iteration over all prompts."""
+    from dancegrpo_fast.candidates import visited
+
     cost, prompts = plan.cost(), config.data.prompts_per_iteration
     # A guided forward evaluates the network for two texts.
     scale = prompts * (1 if config.model.guidance == 1 else 2)
@@ -153,12 +191,20 @@ def cost_lines(plan: TreePlan, config: RunConfig) -> list[str]:
         ("rollout shared only", cost.rollout, cost.training_unshared),
         ("nothing shared", cost.rollout_unshared, cost.training_unshared),
     ]
+    if _searches(config):
+        drawn = visited(config.rollout, plan.schedule).cost().rollout
+        rows = [(rows[0][0], drawn, cost.training), (rows[1][0], drawn, cost.training_unshared)]
     lines = [
         f"network evaluations an iteration, {prompts} prompts"
         + (", guidance doubles each" if scale > prompts else ""),
         f"{'':<22}{'rollout':>9}{'training':>10}",
     ]
     lines += [f"{name:<22}{a * scale:>9}{b * scale:>10}" for name, a, b in rows]
+    if _searches(config):
+        lines.append(
+            f"decoded and scored: {len(plan.leaves) * prompts} previews, which are trained on, and "
+            f"{config.rollout.tree.trunks * prompts} finished samples"
+        )
     lines.append(
         "training: one forward and backward each, all trained steps, one update; "
         "on several processes a state is evaluated by each process that holds it"

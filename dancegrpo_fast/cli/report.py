@@ -11,7 +11,6 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "report",
-        help="write the report of a run, also of one that is running or was killed",
         description=(
             "Writes one self-contained HTML page from a run's metrics, evaluations and clips. The "
             "run writes the same page at each snapshot and evaluation."
@@ -21,7 +20,6 @@ examples:
   dancegrpo-fast report runs/demo
   dancegrpo-fast report runs/demo --out demo.html
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("--out", metavar="FILE", help="the page (default RUN/report.html)")
@@ -34,8 +32,9 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out) if args.out else None
     if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {args.out}: the folder {out.parent} does not exist; make it first")
+        raise UserError(f"--out = {args.out!r}: there is no folder {out.parent}; make it first")
     if out is not None and out.is_dir():
-        raise UserError(f"--out {args.out}: is a folder; name a file, such as {out / 'page.html'}")
+        example = out / "page.html"
+        raise UserError(f"--out = {args.out!r}: is a folder; name a file, such as {example}")
     print(write_page(Path(args.run), out))
     return 0

@@ -30,7 +30,6 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "sample",
-        help="draw samples of a model or of a run",
         description=(
             "Draws samples with the stock diffusers pipeline, at the recipe's size and number of "
             "steps: images as PNG, videos as MP4, all of them on OUT/sheet/sheet.png, and a line "
@@ -51,11 +50,12 @@ examples:
   dancegrpo-fast sample runs/demo --prompts p.txt --search greedy --search-width 4 \\
       --search-steps 2,4,6 --out searched
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help="folder of a run, or a recipe")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--prompt", action="append", metavar="TEXT", help="may be given repeatedly")
+    which.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a prompt; may be given repeatedly"
+    )
     which.add_argument(
         "--prompts", metavar="FILE", help="one prompt a line; .jsonl with images and metadata"
     )
@@ -66,9 +66,15 @@ examples:
     parser.add_argument(
         "--lora-scale", type=float, metavar="X", help="strength of a LoRA (1 is as trained)"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="samples kept a prompt (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="root of the initial noise (default 0)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the recipe's)")
+    parser.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="samples kept a prompt (default 1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="root of the initial noise (default 0)"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="denoising steps (default: the recipe's)"
+    )
     parser.add_argument(
         "--best-of", type=int, metavar="N", help="draw N a prompt and keep the best by reward"
     )
@@ -81,7 +87,12 @@ examples:
     )
     add_arguments(parser)
     parser.add_argument("--gif", action="store_true", help="videos as GIF instead of MP4")
-    parser.add_argument("--fps", type=int, default=16, help="frames per second (default 16)")
+    parser.add_argument(
+        "--fps",
+        type=int,
+        metavar="N",
+        help="frames per second of videos (default: the recipe's model.fps, or 16)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,29 +124,31 @@ def run(args: argparse.Namespace) -> int:
         if family.needs_image:
             PromptSet(tuple(prompts)).need_images("--prompts")
         chosen = _chosen_rewards(args, config)
-        if args.best_of and not any(reward.weight for reward in chosen):
-            raise UserError("--best-of: every reward has weight 0, so none is best; give --reward")
+        if (args.best_of or args.search) and not any(reward.weight for reward in chosen):
+            way = "--best-of" if args.best_of else "--search"
+            raise UserError(f"{way}: every reward has weight 0, so none is best; give --reward")
         rewards, weights = load_rewards(chosen, family.device), [r.weight for r in chosen]
         settings = EvaluationConfig(
             seeds=count, seed=args.seed, batch_size=config.evaluation.batch_size
         )
+        fps = args.fps or config.model.fps or 16
         steps, rows, lines = args.steps or config.rollout.steps, list[Row](), list[str]()
         names, totals, costs = [r.name for r in rewards], list[float](), list[SearchCost]()
         with placed(rewards, family.device):
             if search is None:
                 plain = draw_all(family, pipeline, prompts, settings, steps)
                 cost = SearchCost(count * steps, previews=0, reward_calls=count)
-                drawn = _scored(plain, prompts, rewards, cost, args.fps, family.device)
+                drawn = _scored(plain, prompts, rewards, cost, fps, family.device)
             else:
                 drawn = search_all(
                     family, pipeline, prompts, rewards, config, search, weights=weights,
-                    seeds=args.seeds, seed=args.seed, steps=steps, fps=args.fps,
+                    seeds=args.seeds, seed=args.seed, steps=steps, fps=fps,
                 )  # fmt: skip
             (out / "sheet").mkdir(parents=True)
             for position, (videos, values, cost) in enumerate(drawn):
                 prompt = prompts[position]
                 kept = _keep(videos, values, names, weights, count=args.seeds)
-                lines += _write(kept, prompt, position, out, gif=args.gif, fps=args.fps)
+                lines += _write(kept, prompt, position, out, gif=args.gif, fps=fps)
                 thumbnails = [sample.video[shown(sample.video)] for sample in kept]
                 rows.append(Row(prompt.text, thumbnails, [sample.caption for sample in kept]))
                 totals += [sample.total for sample in kept if sample.total is not None]
@@ -294,7 +307,7 @@ def _worth(totals: Sequence[float], cost: SearchCost) -> str:
 
 
 def _write(
-    kept: Sequence[Kept], prompt: Prompt, position: int, out: Path, *, gif: bool, fps: int
+    kept: Sequence[Kept], prompt: Prompt, position: int, out: Path, *, gif: bool, fps: float
 ) -> list[str]:
     """Write a prompt's samples; returns their lines of samples.jsonl."""
     from dancegrpo_fast.report.metrics import write_gif
@@ -310,7 +323,7 @@ def _write(
         elif gif:
             write_gif(file, sample.video.float() / 255, fps=fps)
         else:
-            write_mp4(file, sample.video, fps=fps)
+            write_mp4(file, sample.video, fps=max(1, round(fps)))
         scores = {k: x if math.isfinite(x) else None for k, x in sample.scores.items()}
         line = {"prompt": prompt.text, "file": file.name, "seed": sample.seed}
         lines.append(json.dumps(line | ({"scores": scores} if scores else {}), ensure_ascii=False))

@@ -19,7 +19,6 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "score",
-        help="score images or videos on disk",
         description=(
             "Scores the images and videos of a folder. Writes scores.csv and sheet.png, best "
             "first. A file's prompt is the one whose number (from 0) begins its name, or the one "
@@ -33,17 +32,35 @@ examples:
   dancegrpo-fast score samples --prompts prompts.txt --reward videoalign options.fps=8
   dancegrpo-fast score samples --prompts prompts.txt --recipe recipes/demo.yaml
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", nargs="?", help="of images (png, ...) or videos (mp4, gif)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the rewards")
+    parser.add_argument(
+        "folder", nargs="?", help="folder of images (png, ...) or videos (mp4, gif)"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings of every --reward: path=..., frames=[0], options.NAME=...; with --recipe "
+        "its fields",
+    )
     parser.add_argument("--list", action="store_true", help="say which rewards there are, and stop")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--reward", action="append", metavar="NAME", help="may be given repeatedly")
+    which.add_argument(
+        "--reward",
+        action="append",
+        metavar="NAME",
+        help="one of --list, or path/to/file.py:ClassName; may be given repeatedly",
+    )
     which.add_argument("--recipe", metavar="FILE", help="score with the rewards of a recipe")
-    parser.add_argument("--prompts", metavar="FILE", help="one prompt a line, or .jsonl")
-    parser.add_argument("--out", metavar="FOLDER", help="where results go (default FOLDER/scores)")
-    parser.add_argument("--batch-size", type=int, default=16, help="files at once (default 16)")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="one prompt a line; .jsonl with files and metadata"
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="where results go (default: scores in the folder)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="files at once (default 16)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -145,6 +162,7 @@ def _score(
     from tqdm import tqdm
 
     from dancegrpo_fast.parallel.world import World
+    from dancegrpo_fast.report.evaluate import as_in_training
     from dancegrpo_fast.rewards import load_rewards, placed
     from dancegrpo_fast.rewards.files import batches
     from dancegrpo_fast.rewards.scoring import attempt
@@ -159,8 +177,9 @@ def _score(
         for rows, samples in batches(
             jobs, prompts, size=size, whole_prompts=whole, unreadable=unreadable
         ):
+            there = as_in_training(rewards, samples, device)
             for column, reward in enumerate(rewards):
-                scored = attempt(reward, samples)
+                scored = attempt(reward, there[column])
                 for row, value, why in zip(
                     rows, scored.values.tolist(), scored.errors, strict=True
                 ):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at some steps draw several candidates, score their previews and go on with the best "
         "one, or with the best --beam (brute force is --best-of)",
     )
-    group.add_argument("--search-width", type=int, metavar="K", help="candidates of each state")
+    group.add_argument("--search-width", type=int, metavar="K", help="candidates drawn of a state")
     group.add_argument(
         "--search-steps", type=_steps, metavar="I,J,...", help="steps at which to search, from 0"
     )
-    group.add_argument("--beam", type=int, metavar="B", help="candidates that go on")
+    group.add_argument("--beam", type=int, metavar="B", help="beam: candidates that go on")
 
 
 def _steps(text: str) -> tuple[int, ...]:
@@ -80,7 +79,7 @@ def pixel_values(
     """[n, R] rewards of a prompt's samples [n, F, 3, H, W] uint8, NaN where one failed."""
     import numpy as np
 
-    from dancegrpo_fast.report.evaluate import stays_on_cpu
+    from dancegrpo_fast.report.evaluate import as_in_training
 
     if not rewards:
         return np.zeros((len(videos), 0))
@@ -93,10 +92,9 @@ def pixel_values(
     samples = Samples(
         videos.float() / 255, [prompt.text] * n, fps=rate, metadata=[prompt.metadata] * n
     )
-    moved = replace(samples, videos=samples.videos.to(device))
     columns = [
-        attempt(reward, samples if stays_on_cpu(reward) else moved).values.double().numpy()
-        for reward in rewards
+        attempt(reward, there).values.double().numpy()
+        for reward, there in zip(rewards, as_in_training(rewards, samples, device), strict=True)
     ]
     return np.stack(columns, axis=1)
 

@@ -10,7 +10,6 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "serve-reward",
-        help="serve rewards to runs in other processes and on other machines",
         description=(
             "Serves rewards over HTTP until SIGTERM or SIGINT; a recipe uses them as "
             "{name: remote, path: http://HOST:PORT}. Only this machine can reach it unless --host "
@@ -24,19 +23,38 @@ examples:
 
 The token may stand in the environment instead, as DANCEGRPO_FAST_TOKEN.
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a reward, or its key=value")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a reward, or key=value for all of them (path=..., options.NAME=...)",
+    )
     parser.add_argument("--recipe", metavar="FILE", help="serve the rewards of a recipe")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on (this machine's)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to serve on (default 127.0.0.1: this machine only)",
+    )
     parser.add_argument("--token-file", metavar="FILE", help="holds the token that clients send")
-    parser.add_argument("--devices", nargs="+", metavar="DEVICE", help="default: every GPU, or cpu")
-    parser.add_argument("--batch", type=int, default=32, help="samples at once (default 32)")
-    parser.add_argument("--body-mb", type=int, default=512, help="largest request (default 512)")
-    parser.add_argument("--pending-mb", type=int, default=4096, help="of all (default 4096)")
-    parser.add_argument("--body-seconds", type=float, default=60, help="to send one (default 60)")
-    parser.add_argument("--stop-seconds", type=float, default=30, help="to finish (default 30)")
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        metavar="DEVICE",
+        help="a copy of the rewards on each (default: every GPU, or cpu)",
+    )
+    for name, kind, unit, default, text in (
+        ("--port", int, "N", 8000, "port; 0 takes a free one"),
+        ("--batch-size", int, "N", 32, "samples that a reward scores at once"),
+        ("--body-mb", int, "MB", 512, "largest request"),
+        ("--pending-mb", int, "MB", 4096, "most of all requests that wait together"),
+        ("--body-seconds", float, "S", 60, "longest time for a client to send a request"),
+        ("--stop-seconds", float, "S", 30, "time to finish requests after a signal"),
+    ):
+        parser.add_argument(
+            name, type=kind, metavar=unit, default=default, help=f"{text} (default {default})"
+        )
     parser.set_defaults(overrides=[])
 
 
@@ -44,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from dancegrpo_fast.config import UserError
 
-    for field in ("batch", "body_mb", "pending_mb", "body_seconds", "stop_seconds"):
+    for field in ("batch_size", "body_mb", "pending_mb", "body_seconds", "stop_seconds"):
         if not getattr(args, field) > 0:
             option = field.replace("_", "-")
             raise UserError(f"--{option} = {getattr(args, field)}: must be positive")
@@ -111,5 +129,5 @@ def _engines(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         copies = [rewards[column] for rewards in replicas]
         if copies[0].name in engines:
             raise UserError(f"{config.name}: two rewards have the name {copies[0].name!r}")
-        engines[copies[0].name] = Engine(copies, devices, largest_batch=args.batch)
+        engines[copies[0].name] = Engine(copies, devices, largest_batch=args.batch_size)
     return engines, names

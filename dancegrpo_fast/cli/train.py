@@ -13,7 +13,6 @@ def add_parser(subparsers: Any) -> None:
     """Adds the command."""
     parser = subparsers.add_parser(
         "train",
-        help="train a model with a recipe, on one process or under torchrun",
         description="Runs a recipe to its end and writes weights, metrics and a report.",
         epilog="""\
 examples:
@@ -23,7 +22,6 @@ examples:
   dancegrpo-fast train recipes/demo.yaml rollout.group_size=12 --print-config
   torchrun --nproc-per-node 8 -m dancegrpo_fast train recipes/demo.yaml
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", help="YAML recipe")
     parser.add_argument(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dancegrpo_fast.config import kinds
+from dancegrpo_fast.config import kinds, unread
 from dancegrpo_fast.config.kinds import Disagreement, Get
 
 
@@ -27,8 +27,8 @@ def disagreements(get: Get, default: Get) -> list[Disagreement]:
     found: list[Disagreement] = _without_effect(get, default)
     checks = (
         _dynamics, _last_step, _window, _branches, _group, _credit, _updates, _timesteps,
-        _first_frame, kinds.fits_kind, kinds.steered_kl, kinds.forward_process,
-        kinds.reward_gradient, _lengths, _logging,
+        _search, kinds.fits_kind, kinds.steered_kl, kinds.forward_process,
+        kinds.reward_gradient, _reused_forwards, _pool_dtype, _suffix, *unread.CHECKS,
     )  # fmt: skip
     for check in checks:
         try:
@@ -46,8 +46,16 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+class _Above0(tuple[str, ...]):
+    """The choices of a selector that is a number: those above 0."""
+
+    def __contains__(self, value: object) -> bool:
+        return not isinstance(value, (int, float)) or value > 0
+
+
 _TREE = "rollout.tree"
 _WINDOWED = ("window", "branch_points")
+_BRANCHED = ("branch_points", "trunk_with_branches", "search")
 _ORDERED = ("progressive", "decaying", "exponential")
 ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # setting, its selector, the choices that read it
@@ -55,6 +63,8 @@ ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("rollout.final", "rollout.solver", ("euler",)),
     ("rollout.exact_density", "rollout.dynamics", ("cps",)),
     ("rollout.redraw", "loss.kind", ("policy_gradient",)),
+    ("rollout.suffix_every", f"{_TREE}.kind", ("window", "trunk_with_branches")),
+    ("loss.reuse_forwards", "loss.kind", ("policy_gradient",)),
     (f"{_TREE}.window_size", f"{_TREE}.kind", _WINDOWED),
     (f"{_TREE}.window_start", f"{_TREE}.kind", _WINDOWED),
     (f"{_TREE}.window_range", f"{_TREE}.kind", _WINDOWED),
@@ -65,12 +75,14 @@ ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (f"{_TREE}.window_decay_from", f"{_TREE}.window_order", ("exponential",)),
     (f"{_TREE}.flash", f"{_TREE}.kind", ("window",)),
     (f"{_TREE}.noise_scale", f"{_TREE}.kind", ("branch_points",)),
-    (f"{_TREE}.branch_steps", f"{_TREE}.kind", ("branch_points", "trunk_with_branches")),
-    (f"{_TREE}.branches", f"{_TREE}.kind", ("branch_points", "trunk_with_branches")),
-    (f"{_TREE}.trunks", f"{_TREE}.kind", ("trunk_with_branches",)),
+    (f"{_TREE}.branch_steps", f"{_TREE}.kind", _BRANCHED),
+    (f"{_TREE}.branches", f"{_TREE}.kind", _BRANCHED),
+    (f"{_TREE}.trunks", f"{_TREE}.kind", ("trunk_with_branches", "search")),
     ("advantage.batch_normalise", "advantage.credit", ("leaf",)),
     ("advantage.running_window", "advantage.scope", ("running",)),
     ("loss.timestep_scope", "loss.timesteps", ("random",)),
+    ("loss.kl", "loss.kl_weight", _Above0(["a number above 0"])),
+    ("loss.max_log_prob_gap", "loss.old_log_prob", ("auto", "on_policy", "recompute")),
     ("parallel.dp_replicate", "parallel.engine", ("fsdp",)),
     ("parallel.dp_shard", "parallel.engine", ("fsdp",)),
     ("parallel.gather_rollout", "parallel.engine", ("fsdp",)),
@@ -172,7 +184,7 @@ def _window(get: Get) -> Iterator[Disagreement]:
 
 def _branches(get: Get) -> Iterator[Disagreement]:
     kind, n = get(f"{_TREE}.kind"), _trained_steps(get)
-    if kind not in ("branch_points", "trunk_with_branches") or n < 1:
+    if kind not in _BRANCHED or n < 1:
         return
     steps, branches = get(f"{_TREE}.branch_steps"), get(f"{_TREE}.branches")
     if branches is None:
@@ -218,18 +230,39 @@ def _credit(get: Get) -> Iterator[Disagreement]:
     if credit != "siblings":
         return
     branches = get(f"{_TREE}.branches")
-    if kind not in ("branch_points", "trunk_with_branches"):
-        reason = f"needs {_TREE}.kind = trunk_with_branches or branch_points"
+    if kind not in _BRANCHED:
+        reason = f"needs {_TREE}.kind = trunk_with_branches, branch_points or search"
         yield "advantage.credit", f"{reason}; with {kind} use leaf or depth"
     elif branches is not None and branches < 3:
         reason = f"needs {_TREE}.branches of 3 or more, here {branches}"
         yield "advantage.credit", f"{reason} (two children only ever get +a and -a)"
 
 
-def _lengths(get: Get) -> Iterator[Disagreement]:
-    shortest, longest = get("data.min_length"), get("data.max_length")
-    if shortest is not None and longest is not None and shortest > longest:
-        yield "data.max_length", f"must be at least data.min_length = {shortest}, or null"
+def _search(get: Get) -> Iterator[Disagreement]:
+    """What a search of the rollout cannot do."""
+    if get(f"{_TREE}.kind") != "search" or get("loss.kind") != "policy_gradient":
+        return
+    still: tuple[tuple[str, Any, str], ...] = (
+        ("advantage.best_of_n", None, "samples would be previews of different steps"),
+        ("rollout.redraw", False, "which candidate goes on is known only by its rewards"),
+        ("rollout.chunk", None, "scores its candidates between the steps"),
+        ("parallel.groups", "together", "each process searches whole trees"),
+        ("loss.reuse_forwards", False, "candidates are drawn from evaluations without gradients"),
+    )
+    for path, value, reason in still:
+        if get(path) != value:
+            yield path, f"not with {_TREE}.kind = search: {reason}; use {show(value)}"
+    if get("advantage.credit") != "siblings":
+        reason = "candidates of one state are compared with each other"
+        yield "advantage.credit", f"not with {_TREE}.kind = search: {reason}; use siblings"
+    if get("rollout.final") == "sample":
+        yield "rollout.final", f"not with {_TREE}.kind = search, which ends without noise; use x0"
+    if get("loss.ratio_norm") and get("loss.old_log_prob") == "rollout":
+        reason = "ratio_norm needs the rollout's outputs, which a search does not keep"
+        yield "loss.old_log_prob", f"{reason}; use recompute, or ratio_norm = false"
+    if get("loss.timestep_fraction") < 1 and get("loss.timestep_scope") == "sample":
+        reason = "each candidate has one trained step"
+        yield "loss.timestep_fraction", f"{reason}; use 1, or loss.timestep_scope = group"
 
 
 def _updates(get: Get) -> Iterator[Disagreement]:
@@ -237,11 +270,64 @@ def _updates(get: Get) -> Iterator[Disagreement]:
     if updates > 1 and source == "on_policy":
         reason = f"with loss.updates = {updates} the later updates are off-policy"
         yield "loss.old_log_prob", f"{reason}; use recompute (or auto), or updates = 1"
-    if get("evaluation.every") is not None and get("evaluation.prompts") is None:
-        yield "evaluation.every", "needs evaluation.prompts, a file of held-out prompts, or null"
     samples = get("advantage.best_of_n") or get("rollout.group_size")
     if updates > samples:
         yield "loss.updates", f"a group has {samples} trained samples, so at most {samples} updates"
+
+
+def _reused_forwards(get: Get) -> Iterator[Disagreement]:
+    if not get("loss.reuse_forwards") or get("loss.kind") != "policy_gradient":
+        return
+    if get("loss.updates") > 1:
+        yield "loss.updates", "later updates need forwards of their own, reuse_forwards has none"
+    if get("loss.old_log_prob") not in ("auto", "on_policy"):
+        yield "loss.old_log_prob", "with reuse_forwards both log-probs are one; use on_policy"
+    size = get("rollout.batch_size")
+    if get("loss.micro_batch_size") != size:
+        reason = "with reuse_forwards the rollout's forwards are differentiated"
+        yield "loss.micro_batch_size", f"{reason}; set it to rollout.batch_size = {size}"
+    if get("parallel.offload_activations"):
+        reason = "with reuse_forwards every kept forward would take a copy of the weights along"
+        yield "parallel.offload_activations", f"{reason}; use parallel.checkpointing"
+    if get("parallel.compile") == "graphs":
+        reason = "with reuse_forwards many outputs wait, and a graph's replay overwrites its last"
+        yield "parallel.compile", f"{reason}; use true"
+    if get("parallel.sp") > 1:
+        yield "parallel.sp", "not verified with loss.reuse_forwards; use one of the two"
+
+
+def _pool_dtype(get: Get) -> Iterator[Disagreement]:
+    dtype = get("rollout.pool_dtype")
+    if dtype is None:
+        return
+    if not get("rollout.redraw"):
+        reason = "no sample of it may be trained on; it needs rollout.redraw"
+        yield "rollout.pool_dtype", f"{reason} (and advantage.best_of_n), or leave it at null"
+    if dtype == get("model.dtype"):
+        yield "rollout.pool_dtype", "has no effect: it is model.dtype; use null, or float8_e4m3"
+    if get("parallel.compile"):
+        yield "rollout.pool_dtype", "not verified with parallel.compile; use one of the two"
+    if get("parallel.engine") == "deepspeed":
+        yield "rollout.pool_dtype", "not verified with parallel.engine = deepspeed; use fsdp or ddp"
+
+
+def _suffix(get: Get) -> Iterator[Disagreement]:
+    kind = get(f"{_TREE}.kind")
+    if get("rollout.suffix_every") == 1 or kind not in ("window", "trunk_with_branches"):
+        return
+    if kind == "window":
+        span, size = get(f"{_TREE}.window_range"), get(f"{_TREE}.window_size")
+        start = get(f"{_TREE}.window_start")
+        if start is None:
+            start = span[0] if span is not None else 0
+        last, share = start + (size or 0), get(f"{_TREE}.flash")
+    else:
+        last, share = min(get(f"{_TREE}.branch_steps"), default=0) + 1, None
+    left = get("rollout.steps") - last
+    left = left if share is None else max(1, int(left * share))
+    if left < 2:
+        reason = f"has no effect: after the trained steps {left} of {get('rollout.steps')} are left"
+        yield "rollout.suffix_every", f"{reason}, and the first is always evaluated; use 1"
 
 
 def _timesteps(get: Get) -> Iterator[Disagreement]:
@@ -250,7 +336,7 @@ def _timesteps(get: Get) -> Iterator[Disagreement]:
     chosen, whole = get("loss.timesteps"), get("loss.timestep_fraction") == 1
     if isinstance(chosen, list):
         kind = get(f"{_TREE}.kind")
-        if kind in ("window", "trunk_with_branches"):
+        if kind in ("window", "trunk_with_branches", "search"):
             field = "window_start" if kind == "window" else "branch_steps"
             yield "loss.timesteps", f"kind {kind} trains the steps of {_TREE}.{field}; use that"
         elif chosen[-1] >= n:
@@ -271,18 +357,3 @@ def _timesteps(get: Get) -> Iterator[Disagreement]:
     if get("loss.ratio_norm") and dynamics == "cps" and not get("rollout.exact_density"):
         reason = "needs a Gaussian log-prob, which cps has with rollout.exact_density = true"
         yield "loss.ratio_norm", f"{reason}; or leave it at false"
-
-
-def _first_frame(get: Get) -> Iterator[Disagreement]:
-    if get("model.first_frame_steps") is not None and get("model.first_frame") is None:
-        reason = "has no effect without model.first_frame; set that to a text-to-image pipeline"
-        yield "model.first_frame_steps", f"{reason}, or this to null"
-
-
-def _logging(get: Get) -> Iterator[Disagreement]:
-    if "wandb" in get("logging.trackers"):
-        return
-    for name, default in (("project", None), ("name", None), ("offline", False)):
-        if get(f"logging.{name}") != default:
-            reason = "has no effect without wandb in logging.trackers; add it"
-            yield f"logging.{name}", f"{reason}, or leave this at {show(default)}"

@@ -89,6 +89,8 @@ class LossConfig(Section):
     """Largest allowed |rollout - training| log-prob outside `old_log_prob: rollout`."""
     updates: int = Field(default=1, ge=1)
     """Optimizer steps per iteration."""
+    reuse_forwards: bool = False
+    """One update: differentiate the rollout's own forwards, whose graphs are kept until then."""
     timestep_fraction: float = Field(default=1.0, gt=0, le=1)
     """Fraction of the trained steps used for each sample."""
     timesteps: Annotated[str | list[int], PlainValidator(check_timesteps)] = "random"

@@ -36,8 +36,8 @@ class ParallelConfig(Section):
     """Activations recomputed in the backward: none, all of a block, or all but its costliest."""
     offload_activations: bool = False
     """Keep activations that wait for their backward in host memory."""
-    compile: bool = False
-    """torch.compile each block."""
+    compile: Literal[False, True, "graphs"] = False
+    """torch.compile each block; `graphs` also replays each as a CUDA graph: one GPU, unverified."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """Processes that do not answer in a collective for so long end the run."""
 

@@ -99,9 +99,10 @@ class DataConfig(Section):
 
 class TreeConfig(Section):
     kind: Literal[
-        "shared_root", "independent_roots", "window", "branch_points", "trunk_with_branches"
+        "shared_root", "independent_roots", "window", "branch_points", "trunk_with_branches",
+        "search",
     ] = "shared_root"
-    """Shape of one prompt's denoising tree."""
+    """Shape of one prompt's denoising tree; `search` grows it by what previews best."""
     window_size: int | None = Field(default=None, ge=1)
     """`window`: stochastic, trained steps in a row, the others are deterministic; `branch_points`:
     the steps that are trained (depth pruning), the others stay stochastic."""
@@ -124,13 +125,13 @@ class TreeConfig(Section):
     """`window`: share of the steps after the window that are kept, as DPM-Solver++ 2M steps
     (MixGRPO-Flash); null keeps them all, as Euler steps."""
     branch_steps: list[Annotated[int, Field(ge=0)]] = []
-    """Steps at which states branch, ascending."""
+    """Steps at which states branch, ascending; `search`: at which a trunk has candidates."""
     branches: int | None = Field(default=None, ge=1, le=1024)
-    """Children of a state at each branch step."""
+    """Children of a state at each branch step; `search`: candidates, of which the best goes on."""
     noise_scale: float = Field(default=1.0, gt=0)
     """`branch_points`: multiplies the noise of steps that branch; their log-prob knows of it."""
     trunks: int = Field(default=1, ge=1)
-    """`trunk_with_branches`: deterministic trunks per prompt, each with its own initial noise."""
+    """`trunk_with_branches`, `search`: trunks per prompt, each with its own initial noise."""
 
 
 class RolloutConfig(Section):
@@ -163,6 +164,12 @@ class RolloutConfig(Section):
     all, or `batch_size` where a reward waits for a server and can be asked meanwhile."""
     offload: bool = False
     """Keep the latents that wait for training in host memory; for GPUs."""
+    suffix_every: int = Field(default=1, ge=1)
+    """`window`, `trunk_with_branches`: the model is evaluated at every so many of the deterministic
+    states after the trained steps; between them its last output is used."""
     redraw: bool = False
     """`best_of_n`: keep the rewards only, and draw the chosen samples again from their noise."""
+    pool_dtype: Literal["bfloat16", "float8_e4m3"] | None = None
+    """`redraw`: arithmetic in which the pool is drawn and scored, the chosen are drawn again in
+    `model.dtype`; null is that for all."""
     tree: TreeConfig = TreeConfig()

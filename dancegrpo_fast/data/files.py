@@ -6,9 +6,12 @@ Every malformed line is looked for before anything is said, so that one call nam
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib
+import io
 import json
 import logging
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -16,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
+
+from PIL import Image
 
 from dancegrpo_fast.config import UserError
 from dancegrpo_fast.prompt import Prompt
@@ -59,7 +64,8 @@ def read_prompts(
             `organisation/name[:split]` of a data set of the hub (split train if none is named).
         field: Configuration field that named the source, for error messages.
         column: Key or column of the prompt's text. A column "image" names a file in the folder of
-            `source` or below; all others are what rewards are told.
+            `source` or below, or holds the image itself (parquet, data sets of the hub), which is
+            kept as a file of the user's cache; all others are what rewards are told.
         malformed: Refuse a file with malformed lines, or go on without these, with a warning.
 
     Raises:
@@ -116,8 +122,10 @@ def _prompt(record: Any, folder: Path | None, column: str) -> Prompt:
     if not isinstance(record, dict):
         raise _Bad(f'must be an object with a text under "{column}"')
     if not isinstance(record.get(column), str):
-        there = ", ".join(map(str, record)) or "nothing"
-        raise _Bad(f'must be an object with a text under "{column}"', f"; it has {there[:80]}")
+        there = f"it has {', '.join(map(str, record))[:80] or 'nothing'}"
+        if column in record:
+            there = f"that is {str(record[column])[:40]!r}, a {type(record[column]).__name__}"
+        raise _Bad(f'must be an object with a text under "{column}"', f"; {there}")
     text = record.pop(column).strip()
     if not text:
         raise _Bad("the prompt is empty")
@@ -133,10 +141,14 @@ def _prompt(record: Any, folder: Path | None, column: str) -> Prompt:
 
 
 def _image(image: Any, folder: Path | None) -> Path:
+    if isinstance(image, dict):  # As parquet files hold images.
+        if not isinstance(image.get("bytes"), bytes):
+            raise _Bad("image is not in the table itself; save it beside a .jsonl file")
+        return _kept(image["bytes"])
     if not isinstance(image, str) or not image or "\0" in image:
         raise _Bad("image must be the name of a file")
     if folder is None:
-        raise _Bad("images of data sets of the hub are not read; save them beside a .jsonl file")
+        raise _Bad("image is only a name, without a folder; save it beside a .jsonl file")
     file = folder / image
     try:
         if not file.resolve().is_relative_to(folder.resolve()):
@@ -146,6 +158,24 @@ def _image(image: Any, folder: Path | None) -> Path:
             raise _Bad("image ", f"{image!r}: no such file in {folder}", kind="missing")
     except OSError as error:  # Such as a name that is too long.
         raise _Bad("image ", f"{image[:40]!r}...: {error.strerror}") from None
+    return file
+
+
+def _kept(data: bytes) -> Path:
+    """The file of an image that a table holds, in the user's cache, named by its content."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    file = Path(root) / "dancegrpo_fast" / "images" / hashlib.sha256(data).hexdigest()
+    if file.is_file():
+        return file
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _Bad("image cannot be read", f": {error}") from None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.{os.getpid()}")  # Other processes may read the same set.
+    partial.write_bytes(data)
+    os.replace(partial, file)
     return file
 
 
@@ -276,6 +306,8 @@ def _hub(source: str, where: str) -> Iterator[Found]:
     name, _, split = source.partition(":")
     try:
         rows = datasets.load_dataset(name, split=split or "train")
+        if isinstance(rows.features.get("image"), datasets.Image):  # Bytes, not decoded pixels.
+            rows = rows.cast_column("image", datasets.Image(decode=False))
     except (OSError, ValueError) as error:  # Among them: offline and not in the cache, no split.
         reason = " ".join(str(error).split())[:300]
         raise UserError(

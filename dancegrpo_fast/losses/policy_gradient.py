@@ -30,6 +30,7 @@ def policy_gradient_loss(
     reward_weights: np.ndarray,
     old_log_prob: Tensor | None,
     old_output: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> PolicyLoss:
     """Loss of one call; its gradient, summed over calls and ranks, is the update's.
 
@@ -46,6 +47,7 @@ def policy_gradient_loss(
         old_log_prob: [children], or None for the on-policy ratio exp(lp - lp.detach()).
         old_output: [states, C, F, H, W] model output behind `old_log_prob`, for
             `config.ratio_norm`.
+        output: [states, C, F, H, W] model output with its graph; None evaluates `module`.
     """
     fan = Fan.of_call(call)
     latents = harmless(drawn.stack(fan.places), call)
@@ -54,7 +56,8 @@ def policy_gradient_loss(
         old_log_prob = harmless(old_log_prob, call)
     if old_output is not None:
         old_output = harmless(old_output, call)
-    output = evaluate(family, module, drawn.plan, conditions, fan.places, latents)
+    if output is None:
+        output = evaluate(family, module, drawn.plan, conditions, fan.places, latents)
     reference = None
     if config.kl_weight:
         with torch.no_grad(), policy.reference() as untrained:

@@ -45,7 +45,7 @@ def prepare_blocks(module: Any, parallel: ParallelConfig, blocks: tuple[str, ...
     if parallel.compile:
         for name in blocks:
             for block in getattr(module, name):
-                block.compile()
+                block.compile(mode="reduce-overhead" if parallel.compile == "graphs" else None)
 
 
 def kept_activations(parallel: ParallelConfig) -> AbstractContextManager[object]:

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dancegrpo_fast.config import OptimizerConfig, ParallelConfig
 from dancegrpo_fast.parallel.activations import kept_activations
+from dancegrpo_fast.parallel.graphs import Graphs, check_graphs
 from dancegrpo_fast.parallel.world import World
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Engine(ABC):
     def ready(self) -> None:
         """Make the optimizers; every network has its weights."""
         for name, module in self.modules.items():
-            self.optimizers[name] = adamw(module, self.settings)
+            self.optimizers[name] = adamw(module, self.settings, fused=True)
 
     @contextmanager
     def gathered(self) -> Iterator[Mapping[str, nn.Module]]:
@@ -93,6 +94,15 @@ class Engine(ABC):
         """Add the loss's gradient to what this update has so far."""
         loss.backward()
 
+    @property
+    def reuses_forwards(self) -> bool:
+        """Whether forwards of `gathered` may be differentiated: `sum_gradients` completes them."""
+        return False
+
+    def sum_gradients(self, name: str) -> None:
+        """Sum over processes what backwards of forwards outside of `call` left here."""
+        raise AssertionError(f"{type(self).__name__} does not reuse forwards")
+
     @torch.no_grad()
     def clip_grad_norm(self, name: str) -> float:
         """Scale a network's gradients to `optimizer.max_grad_norm`.
@@ -112,22 +122,42 @@ class Engine(ABC):
         self.optimizers[name].zero_grad(set_to_none=True)
 
 
-def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over what is trained in a network."""
+def adamw(
+    module: nn.Module, settings: OptimizerConfig, *, fused: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over what is trained in a network.
+
+    Args:
+        module: The network.
+        settings: The recipe's.
+        fused: In one kernel, which reads and writes each number once and makes no temporary
+            tensors. ZeRO replaces the parameters by slices of its own, maybe on another device.
+    """
     return torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
+        fused=fused,
     )
 
 
 class Replicated(Engine):
     """Every process holds the whole network (DDP); alone, nothing at all."""
 
+    graphs: Graphs | None = None
+
+    def shard(self, module: nn.Module, *, blocks: tuple[str, ...], dtype: torch.dtype) -> None:
+        if self.parallel.compile == "graphs":
+            self.graphs = self.graphs or Graphs()
+            self.graphs.watch(module, dtype)
+
     def ready(self) -> None:
         super().ready()
+        if self.graphs:
+            for module in self.modules.values():
+                self.graphs.keep_gradients(module)
         self._wrapped: dict[str, nn.Module] = dict(self.modules)
         if self.world.size > 1:
             device = self.world.device
@@ -148,7 +178,40 @@ class Replicated(Engine):
             if isinstance(module, DistributedDataParallel) and not last:
                 stack.enter_context(module.no_sync())
             stack.enter_context(kept_activations(self.parallel))
+            if self.graphs:
+                stack.enter_context(self.graphs.training())
             yield module
+
+    def step(self, name: str) -> None:
+        super().step(name)
+        if self.graphs:
+            self.graphs.stepped()
+
+    def clear(self, name: str) -> None:
+        super().clear(name)
+        if self.graphs:
+            self.graphs.cleared()
+
+    @property
+    def reuses_forwards(self) -> bool:
+        return self.graphs is None  # What a replay leaves is gone with the next.
+
+    def sum_gradients(self, name: str) -> None:
+        if self.world.size == 1:
+            return
+        trained = [p for p in self.modules[name].parameters() if p.requires_grad]
+        # As DDP does: what no process used has no gradient, what one used has one everywhere.
+        used = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8)
+        used = used.to(self.world.device)
+        dist.all_reduce(used, dist.ReduceOp.MAX)
+        works = []
+        for parameter, anywhere in zip(trained, used.tolist(), strict=True):
+            if anywhere:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                works.append(dist.all_reduce(parameter.grad, async_op=True))
+        for work in works:
+            work.wait()
 
 
 def _sum_hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -263,6 +326,8 @@ def make_engine(
     """The engine a recipe asks for; alone, weights stay where they are."""
     if world.size == 1 and (parallel.engine == "deepspeed" or parallel.defer_reduction):
         logger.warning("one process: parallel.engine and its settings have nothing to spread")
+    if parallel.compile == "graphs":
+        check_graphs(parallel, world)
     kinds: dict[str, type[Engine]] = {"ddp": Replicated, "fsdp": Sharded}
     if world.size > 1 and parallel.engine == "deepspeed":
         # Imported only here: it is an optional package, and slow to import.

@@ -3,9 +3,10 @@
 Nothing is loaded: configurations are read, and the real classes run on tensors without storage.
 """
 
+from dancegrpo_fast.planner.batches import largest_batches
 from dancegrpo_fast.planner.estimate import Estimate, Hardware, Planner
 from dancegrpo_fast.planner.memory import PHASES, Memory
-from dancegrpo_fast.planner.table import mesh_text, plan_lines, plan_values
+from dancegrpo_fast.planner.table import batch_lines, mesh_text, plan_lines, plan_values
 
 __all__ = [
     "PHASES",
@@ -13,6 +14,8 @@ __all__ = [
     "Hardware",
     "Memory",
     "Planner",
+    "batch_lines",
+    "largest_batches",
     "mesh_text",
     "plan_lines",
     "plan_values",

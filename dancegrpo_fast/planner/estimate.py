@@ -114,6 +114,11 @@ class Planner:
         """
         parallel = parallel or self.config.parallel
         config = self.config.model_copy(update={"parallel": parallel})
+        if config.loss.reuse_forwards and hardware.gpus > 1 and parallel.engine != "ddp":
+            raise UserError(
+                f"parallel.engine = {parallel.engine!r}: on several GPUs loss.reuse_forwards needs "
+                "ddp; change one of the two"
+            )
         copies, shards = weight_axes(parallel, hardware.gpus)
         if parallel.sp > 1:
             self._check_split(config, hardware.gpus)
@@ -152,6 +157,8 @@ class Planner:
             for name, batches in update.items():
                 call = one(name)
                 each = call.train_flops + (call.forward_flops if reference else 0.0)
+                if config.loss.reuse_forwards:
+                    each -= call.forward_flops
                 train += sum(batches) * each
         decode = self.networks.decode(1, cuda=cuda).forward_flops * work.samples
         return {"rollout": rollout, "decode": decode, "train": train}
@@ -173,7 +180,12 @@ class Planner:
         return best, list(_reasons(best, found, hardware))
 
     def _candidates(self, hardware: Hardware) -> Iterator[Estimate]:
-        for parallel in meshes(self.config.parallel, hardware):
+        given = self.config.parallel
+        choices = meshes(given, hardware)
+        if self.config.loss.reuse_forwards and hardware.gpus > 1:
+            kinds = ("none", "selective", "full")
+            choices = (given.model_copy(update={"checkpointing": kind}) for kind in kinds)
+        for parallel in choices:
             try:
                 yield self.estimate(hardware, parallel)
             except UserError:

@@ -64,7 +64,7 @@ def memory_of(
         work: Of an iteration on this mesh.
         shards: Processes that share one copy of the weights (`fsdp`).
         processes: All of them.
-        cuda: Follow CUDA: its autocast, and Adam over all tensors at once. False: the CPU.
+        cuda: Follow CUDA: its autocast. False: the CPU.
     """
     parallel, found = config.parallel, Memory({})
     sharded = parallel.engine == "fsdp" and processes > 1
@@ -86,13 +86,15 @@ def memory_of(
     old = {"old outputs": outputs} if outputs else {}
     clip = config.model.frames * 3 * config.model.height * config.model.width * 4
     look = {} if cuda else {"sample to look at": float(clip)}
-    during = fixed | stored | old | look
+    graphs = {"graphs": _graphs(config, networks, work, cuda)} if work.graphs else {}
+    stepping = fixed | stored | old | look
+    during = stepping | graphs
     decoded = {"trajectories": float(work.decoded * latent)}
     if config.rollout.redraw:  # The most is drawn with the first scores known.
         drawing, scoring = during, fixed | look | decoded
     else:
         known = old if old_log_prob_mode(config) == "rollout" else {}
-        drawing = fixed | stored | known
+        drawing = fixed | stored | known | graphs
         scoring = drawing | look
     encoders, absent = networks.encoder_bytes()
     if absent:
@@ -100,17 +102,16 @@ def memory_of(
     vae = networks.vae_bytes()
     batch = min(config.rollout.batch_size, work.samples)
     decoding = networks.decode(batch, cuda=cuda).forward_peak
-    step = float(trained_elements(networks, shards) * _MASTER)
-    if not cuda:  # One parameter after the other, with two buffers of its size.
-        step = 2 * _MASTER * max(n.largest for n in networks.networks.values()) / shards
+    stepping["gradients"] = _gradients(config, networks, shards, processes)
+    if processes > 1 and parallel.engine == "deepspeed":  # Others' optimizer is fused.
+        stepping["temporary"] = float(trained_elements(networks, shards) * _MASTER)
     found.phases = {
         "embed": resident | {"encoders": encoders, "VAE": vae},
         "rollout": drawing | _rollout(config, networks, work, sharded, latent, cuda),
         "decode": scoring | {"VAE": vae, "activations": decoding},
         "score": scoring | {"rewards on loan": brought, "pixels": float(batch * clip)},
         "train": during | _train(config, networks, work, found, shards, processes, latent, cuda),
-        "step": during
-        | {"gradients": _gradients(config, networks, shards, processes), "temporary": step},
+        "step": stepping,
         "save": dict(resident),
     }
     kinds = 3 + (config.policy.ema_decay is not None)  # Weights, two moments, the average.
@@ -174,7 +175,20 @@ def _rollout(
     rows = {"activations": most, "passing latents": float(passing * latent)}
     if sharded:
         rows["gathered weights"] = _gathered(networks, whole=config.parallel.gather_rollout)
+    if config.rollout.pool_dtype == "float8_e4m3":  # A byte each, at most.
+        blocks = [group for n in networks.networks.values() for group in n.groups[1:]]
+        rows["float8 weights"] = float(sum(group.elements() for group in blocks))
     return rows
+
+
+def _graphs(config: RunConfig, networks: Networks, work: Work, cuda: bool) -> float:
+    """What the rollout's forwards keep for their backwards until the update."""
+    checkpointing = config.parallel.checkpointing
+    return sum(
+        networks.call(name, size, checkpointing, gathered=False, cuda=cuda).saved
+        for name, sizes in work.graphs.items()
+        for size in sizes
+    )
 
 
 def _gathered(networks: Networks, *, whole: bool) -> float:
@@ -215,6 +229,10 @@ def _train(
                 peak = max(trace.first_peak - gradients, 0.0)
             if config.loss.kl_weight > 0:
                 peak = max(peak, trace.saved + trace.forward_peak)
+            if work.graphs:  # What waits stands in a row of its own.
+                peak = max(trace.train_peak - trace.saved, 0.0)
+                if config.loss.kl_weight > 0:
+                    peak = max(peak, trace.forward_peak)
             if parallel.offload_activations:
                 peak, waiting = peak - trace.saved, max(waiting, trace.saved)
             activations = max(activations, peak)

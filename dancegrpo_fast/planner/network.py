@@ -69,12 +69,6 @@ class Network:
         """Bytes as stored; see `Group.stored`."""
         return sum(group.stored(shards) for group in self.groups)
 
-    @property
-    def largest(self) -> int:
-        """Elements of the largest parameter that is trained."""
-        trained = [s for group in self.groups for s, _, t in group.shapes if t]
-        return max((_slice(shape, 1) for shape in trained), default=0)
-
 
 class Networks:
     """The networks of a recipe, on the meta device.

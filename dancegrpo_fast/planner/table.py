@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dancegrpo_fast.planner.estimate import Estimate, Hardware
@@ -54,24 +55,35 @@ def plan_lines(estimate: Estimate, hardware: Hardware) -> list[str]:
 
 
 def _cost_lines(estimate: Estimate, hardware: Hardware) -> list[str]:
-    lines = [f"{'an iteration, projected':<26}{'TFLOP':>12}{'GB received':>13}{'':>14}{'s':>9}"]
+    head = f"{'an iteration, projected':<26}{'TFLOP':>12}{'GB received':>13}{'':>14}"
+    lines = [f"{head}{'collectives':>13}{'s':>9}"]
     for phase, flops in estimate.flops.items():
         moved = estimate.received.get(phase)
-        cells = f"{'':>27}"
+        cells = f"{'':>40}"
         seconds = estimate.seconds[phase]
         if moved is not None:
             where = f"{moved.between / 1e9:.1f} far"
-            cells = f"{(moved.inside + moved.between) / 1e9:>13.2f}{where:>14}"
+            size = (moved.inside + moved.between) / 1e9
+            cells = f"{size:>13.2f}{where:>14}{moved.collectives:>13}"
             seconds += estimate.seconds[f"{phase} transfers"]
         lines.append(f"{phase:<26}{flops / 1e12:>12.1f}{cells}{seconds:>9.1f}")
     products = sum(estimate.flops.values()) / 1e12
-    lines.append(f"{'total':<26}{products:>12.1f}{'':>27}{estimate.total:>9.1f}")
+    lines.append(f"{'total':<26}{products:>12.1f}{'':>40}{estimate.total:>9.1f}")
     lines.append(
         f"projected at {hardware.efficiency:.0%} of {hardware.peak / 1e12:g} TFLOP/s, "
         f"{hardware.inside / 1e9:g} GB/s inside a machine and {hardware.link / 1e9:g} GB/s "
         "between, transfers not overlapped; without embedding, scoring and saving"
     )
     return lines
+
+
+def batch_lines(largest: Mapping[str, int], tokens: int | None) -> list[str]:
+    """The largest batches that fit, and the image tokens of one call."""
+    lines = []
+    for field, size in largest.items():
+        of_tokens = "" if tokens is None else f", {size} x {tokens} image tokens a call"
+        lines.append(f"  {field}={size}{of_tokens}" if size else f"  {field}: not even 1 fits")
+    return ["largest batches that fit there, each by itself:", *lines]
 
 
 def plan_values(estimate: Estimate, hardware: Hardware) -> dict[str, Any]:

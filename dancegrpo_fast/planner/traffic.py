@@ -1,13 +1,13 @@
-"""Bytes that one process receives in an iteration, by the rules of `parallel/engine.py`.
+"""Bytes and collectives of one process in an iteration, by the rules of `parallel/engine.py`.
 
-Counted as benchmarks/traffic.py counts them: (n - 1) / n of a gathered or reduced buffer, twice
-that for an all-reduce. Rewards, norms and metrics (some bytes) are left out.
+Counted as benchmarks/traffic.py counts them: a process receives (n - 1) / n of a gathered or
+reduced buffer, twice that of an all-reduce. Rewards, norms and metrics (some bytes) are left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dancegrpo_fast.config import ParallelConfig
@@ -16,20 +16,30 @@ from dancegrpo_fast.planner.network import Group, Network
 from dancegrpo_fast.planner.work import Work
 
 _GRADIENT = 4  # Gradients are reduced in float32.
+_DDP_BUCKET = 25 * 2**20  # Bytes that torch's DDP reduces at once.
+_ZERO_BUCKET = 50_000_000  # Elements that DeepSpeed does: parallel/zero.py.
 
 
 @dataclass(frozen=True)
 class Received:
-    """Bytes from processes of the same machine, and from others."""
+    """What one process receives.
+
+    Attributes:
+        inside: Bytes from processes of the same machine.
+        between: Bytes from others.
+        collectives: Calls that bring them.
+    """
 
     inside: float = 0.0
     between: float = 0.0
+    collectives: int = 0
 
     def __add__(self, other: Received) -> Received:
-        return Received(self.inside + other.inside, self.between + other.between)
+        calls = self.collectives + other.collectives
+        return Received(self.inside + other.inside, self.between + other.between, calls)
 
-    def __mul__(self, factor: float) -> Received:
-        return Received(self.inside * factor, self.between * factor)
+    def __mul__(self, times: int) -> Received:
+        return Received(self.inside * times, self.between * times, self.collectives * times)
 
 
 @dataclass(frozen=True)
@@ -51,23 +61,25 @@ class Mesh:
         """Processes."""
         return self.copies * self.shards
 
-    def of_copy(self, size: float) -> Received:
-        """A buffer of so many bytes, gathered or reduced inside a copy of the weights."""
+    def of_copy(self, size: float, calls: int) -> Received:
+        """Bytes gathered or reduced inside a copy of the weights, in so many collectives."""
         inside = self.shards <= self.machine and self.machine % self.shards == 0
-        return self._received(size, self.shards, inside)
+        return self._received(size, self.shards, inside, calls)
 
-    def of_copies(self, size: float) -> Received:
-        """A buffer of so many bytes, all-reduced between the copies."""
-        return self._received(2 * size, self.copies, self.size <= self.machine)
+    def of_copies(self, size: float, calls: int) -> Received:
+        """Bytes all-reduced between the copies."""
+        return self._received(2 * size, self.copies, self.size <= self.machine, calls)
 
-    def of_all(self, size: float) -> Received:
-        """A buffer gathered or reduced over all processes."""
-        return self._received(size, self.size, self.size <= self.machine)
+    def of_all(self, size: float, calls: int) -> Received:
+        """Bytes gathered or reduced over all processes."""
+        return self._received(size, self.size, self.size <= self.machine, calls)
 
     @staticmethod
-    def _received(size: float, ranks: int, inside: bool) -> Received:
+    def _received(size: float, ranks: int, inside: bool, calls: int) -> Received:
+        if ranks == 1:
+            return Received()
         moved = size * (ranks - 1) / ranks
-        return Received(moved, 0.0) if inside else Received(0.0, moved)
+        return Received(moved, 0.0, calls) if inside else Received(0.0, moved, calls)
 
 
 def wire(
@@ -114,7 +126,8 @@ def exchanged(
     once a backward, (sp - 1) / sp of what a process holds of them; a block that is computed again
     exchanges again. Text is left out.
     """
-    sp, rollout, update = parallel.sp, 0.0, 0.0
+    sp = parallel.sp
+    rollout = update = Received()
     if sp == 1:
         return Received(), Received()
     pairs = zip(family.latent_shape[1:], family.token_patch(), strict=True)
@@ -124,23 +137,27 @@ def exchanged(
         hidden = config["num_attention_heads"] * config["attention_head_dim"]
         branches = 1 if family.guidance[name] == 1 else 2
         once = 4 * tokens / sp * hidden * family.dtype.itemsize * branches * (sp - 1) / sp
-        once *= len(network.groups) - 1
-        passes = 2 + (parallel.checkpointing != "none")
-        rollout += once * sum(work.rollout.get(name, []))
-        update += once * sum(work.recomputed.get(name, []))
-        update += once * passes * sum(sum(batches.get(name, [])) for batches in work.training)
-    if mesh.machine % sp == 0:
-        return Received(rollout, 0.0), Received(update, 0.0)
-    return Received(0.0, rollout), Received(0.0, update)
+        blocks, passes = len(network.groups) - 1, 2 + (parallel.checkpointing != "none")
+        drawn, again = work.rollout.get(name, []), work.recomputed.get(name, [])
+        trained = [batch for update in work.training for batch in update.get(name, [])] * passes
+        rollout += _passes(drawn, once, blocks, inside=mesh.machine % sp == 0)
+        update += _passes(again + trained, once, blocks, inside=mesh.machine % sp == 0)
+    return rollout, update
+
+
+def _passes(batches: Sequence[int], once: float, blocks: int, *, inside: bool) -> Received:
+    """Of `blocks` attentions: `once` bytes a state in four exchanges a pass over a batch."""
+    size, calls = once * blocks * sum(batches), 4 * blocks * len(batches)
+    return Received(size, 0.0, calls) if inside else Received(0.0, size, calls)
 
 
 def _fsdp(
     parallel: ParallelConfig, mesh: Mesh, network: Network, work: Work, name: str, width: int,
     reference: bool, copied: bool,
 ) -> tuple[Received, Received]:  # fmt: skip
-    def gathered(groups: Iterable[Group]) -> Received:
+    def gathered(groups: Sequence[Group]) -> Received:
         elements = sum(g.elements(shards=mesh.shards) for g in groups) * mesh.shards
-        return mesh.of_copy(elements * width)
+        return mesh.of_copy(elements * width, len(groups))
 
     outside, blocks = gathered(network.groups[:1]), gathered(network.groups[1:])
     calls = [len(update.get(name, [])) for update in work.training]
@@ -157,11 +174,12 @@ def _fsdp(
         rollout = blocks * work.agreed.get(name, 0) + outside * (name in work.agreed)
         update = blocks * (2 * sum(calls) + recomputed + twice)
         update = update + outside * sum(calls)
-    shard = sum(g.elements(trained=True, shards=mesh.shards) for g in network.groups) * _GRADIENT
+    shards = [g.elements(trained=True, shards=mesh.shards) for g in network.groups]
+    shard, parts = sum(shards) * _GRADIENT, sum(size > 0 for size in shards)
     steps = sum(count > 0 for count in calls)
     reduces = steps if parallel.defer_reduction else sum(calls)
-    update = update + mesh.of_copy(shard * mesh.shards) * reduces
-    return rollout, update + mesh.of_copies(shard) * steps
+    update = update + mesh.of_copy(shard * mesh.shards, parts) * reduces
+    return rollout, update + mesh.of_copies(shard, parts) * steps
 
 
 def _ddp(
@@ -170,7 +188,7 @@ def _ddp(
 ) -> tuple[Received, Received]:  # fmt: skip
     steps = sum(name in update for update in work.training)
     gradients = network.elements(trained=True) * _GRADIENT
-    return Received(), mesh.of_all(2 * gradients) * steps
+    return Received(), mesh.of_all(2 * gradients, -(-gradients // _DDP_BUCKET)) * steps
 
 
 def _deepspeed(
@@ -178,12 +196,13 @@ def _deepspeed(
     reference: bool, copied: bool,
 ) -> tuple[Received, Received]:  # fmt: skip
     """ZeRO's own accounting (Rajbhandari et al. 2020, section 7); not compared with counts."""
-    trained = mesh.of_all(network.elements(trained=True) * _GRADIENT)
+    size = network.elements(trained=True)
+    trained = mesh.of_all(size * _GRADIENT, -(-size // _ZERO_BUCKET))
     calls = sum(len(update.get(name, [])) for update in work.training)
     steps = sum(name in update for update in work.training)
     if parallel.zero_stage < 3:
         reduces = steps if parallel.zero_stage == 1 else calls
         return Received(), trained * reduces + trained * steps
-    whole = mesh.of_all(network.stored())
+    whole = mesh.of_all(network.stored(), len(network.groups))
     forwards = 2 * calls + len(work.recomputed.get(name, [])) + (calls if reference else 0)
     return whole * work.gathers.get(name, 0), whole * forwards + trained * calls

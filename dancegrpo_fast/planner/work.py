@@ -11,11 +11,13 @@ import numpy as np
 from dancegrpo_fast import pool
 from dancegrpo_fast.advantages import RunningRewards, edge_advantages, leaf_advantages
 from dancegrpo_fast.batching import Call, Update, build_updates, leaf_owners, micro_batches
+from dancegrpo_fast.candidates import walk
 from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.models import Family
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.roles import Role
 from dancegrpo_fast.rollout import forwards_per_step, held_states, plan_iteration, steps_kept
+from dancegrpo_fast.trajectories import Place
 from dancegrpo_fast.tree import TreePlan
 from dancegrpo_fast.updating import old_log_prob_mode
 
@@ -40,6 +42,8 @@ class Work:
         passing: Most latents that live besides the stored ones while a level is drawn.
         level: Most latents of a level with its children; what passes where others are stored.
         outputs: Model outputs that are kept for `loss.ratio_norm`.
+        graphs: Batch sizes of the rollout's forwards whose graphs `loss.reuse_forwards` keeps;
+            `training` is then those of them that have a trained state, and backwards only.
         samples: Samples to decode and score.
     """
 
@@ -55,6 +59,7 @@ class Work:
     passing: int
     level: int
     outputs: int
+    graphs: dict[str, list[int]]
     samples: int
 
 
@@ -70,6 +75,7 @@ def work_of(config: RunConfig, family: Family, processes: int, sp: int = 1) -> W
     try:
         plan = plan_iteration(config, family.grid, 0)
         owner = leaf_owners(prompts, size, ranks, spread=spread)
+        walked, walker = walk(config.rollout, plan, owner)
     except ValueError as error:
         raise UserError(str(error)) from error
     modules = family.grid.module_names(plan.schedule)
@@ -81,13 +87,18 @@ def work_of(config: RunConfig, family: Family, processes: int, sp: int = 1) -> W
         for update in training[1:]:
             for name, batches in update.items():
                 recomputed.setdefault(name, []).extend(batches)
-    draws = _draws(config, plan, owner, owner_again, modules)
+    draws = _draws(config, walked, walker, owner_again, modules)
     stored = draws[-1].kept if config.rollout.redraw else sum(draw.kept for draw in draws)
     outputs = 0
     if config.loss.ratio_norm and mode != "on_policy":
         recomputes = sum(sum(batches) for batches in recomputed.values())
         sources = draws[-1:] if config.rollout.redraw else draws
         outputs = recomputes if mode == "recompute" else sum(d.sources for d in sources)
+    graphs: list[tuple[str, list[Place]]] = []
+    if config.loss.reuse_forwards:
+        graphs = [g for d in (draws[-1:] if config.rollout.redraw else draws) for g in d.graphs]
+        due = {(item.prompt, item.state) for u in updates for c in u.calls for item in c.items}
+        training = (_sizes(graph for graph in graphs if not due.isdisjoint(graph[1])),)
     most = max((sum(len(i.children) for i in c.items) for u in updates for c in u.calls), default=0)
     return Work(
         plan=plan,
@@ -102,7 +113,8 @@ def work_of(config: RunConfig, family: Family, processes: int, sp: int = 1) -> W
         passing=_most_alive(draws, config.rollout.redraw) - stored,
         level=max(draw.level for draw in draws),
         outputs=outputs,
-        samples=-(-int((owner == 0).sum()) // sp),
+        graphs=_sizes(graphs),
+        samples=-(-int((walker == 0).sum()) // sp),
     )
 
 
@@ -117,6 +129,7 @@ class _Draw:
         alive: Most latents alive at once, kept ones included.
         level: Most latents of a level with its children.
         sources: States with a trained child.
+        graphs: Network and states of each forward with such a one.
     """
 
     forwards: dict[str, list[int]]
@@ -125,6 +138,7 @@ class _Draw:
     alive: int
     level: int
     sources: int
+    graphs: list[tuple[str, list[Place]]]
 
 
 def _draws(
@@ -134,7 +148,7 @@ def _draws(
     rollout, batch_size = config.rollout, config.rollout.batch_size
     # Which reward of a user's waits is not known here; a number alone is no mistake then.
     asked = any((reward.path or "").startswith("http") for reward in config.rewards)
-    waiting = asked or rollout.chunk is not None
+    waiting = (asked or rollout.chunk is not None) and rollout.tree.kind != "search"
     tables = [
         (part, "samples" if rollout.redraw else "all")
         for part in pool.chunks(rollout, owner, waiting=waiting)
@@ -159,30 +173,33 @@ def _draw(
     keep: str, agreed: Counter[str],
 ) -> _Draw:  # fmt: skip
     steps = len(modules)
-    levels: list[list[int]] = [[] for _ in range(steps + 1)]
-    for own in held.values():
-        for state in own:
+    levels: list[list[Place]] = [[] for _ in range(steps + 1)]
+    for p, own in sorted(held.items()):
+        for state in sorted(own):
             if plan.states[state].step <= steps:
-                levels[plan.states[state].step].append(state)
+                levels[plan.states[state].step].append((p, state))
 
-    def kept(state: int) -> bool:  # As `Trajectories.keep`.
+    def kept(place: Place) -> bool:  # As `Trajectories.keep`.
+        state = place[1]
         kids = plan.children[state]
         trained = any(plan.states[s].trained for s in (state, *kids))
         return not kids or (trained and keep != "samples")
 
     forwards: dict[str, list[int]] = {}
+    graphs: list[tuple[str, list[Place]]] = []
     most = widest = before = 0
     for step, name in enumerate(modules):
-        inner = [s for s in levels[step] if plan.children[s]]
-        batches = micro_batches(inner, batch_size, lambda state: 0)
+        inner = [(p, s) for p, s in levels[step] if plan.children[s] and not plan.states[s].carried]
+        batches = micro_batches(inner, batch_size, lambda place: 0)
+        graphs += [(name, batch) for batch in batches if any(_trains(plan, s) for _, s in batch)]
         forwards.setdefault(name, []).extend(len(batch) for batch in batches)
         # A level and its children are alive, and what is kept of the levels before.
         level = len(levels[step]) + len(levels[step + 1])
         most, widest = max(most, before + level), max(widest, level)
         before += sum(map(kept, levels[step]))
-    stored = [state for level in levels for state in level if kept(state)]
-    sources = [s for level in levels for s in level if _trains(plan, s)]
-    return _Draw(forwards, agreed, len(stored), most, widest, len(sources))
+    stored = [place for level in levels for place in level if kept(place)]
+    sources = [s for level in levels for _, s in level if _trains(plan, s)]
+    return _Draw(forwards, agreed, len(stored), most, widest, len(sources), graphs)
 
 
 def _trains(plan: TreePlan, state: int) -> bool:
@@ -230,6 +247,13 @@ def _updates(
         micro_batch_size=config.loss.micro_batch_size, edge_values=edges,
     )  # fmt: skip
     return updates, owner
+
+
+def _sizes(graphs: Iterable[tuple[str, list[Place]]]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for name, places in graphs:
+        found.setdefault(name, []).append(len(places))
+    return found
 
 
 def _batches(calls: Sequence[Call]) -> dict[str, list[int]]:

@@ -64,6 +64,7 @@ def _quotes(prompt: Prompt) -> str:
 
 
 #: GenEval: evaluation_metadata.jsonl of djghosh13/geneval. OCR: test.txt of Flow-GRPO's data set.
+#: DrawBench: a public copy with all 200 (data/drawbench.csv of brianfitzgerald/smolmodels).
 BENCHMARKS: dict[str, Benchmark] = {
     "plain": Benchmark("prompts", "any file that data.prompts takes"),
     "hpsv2": Benchmark(
@@ -84,6 +85,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "drawbench": Benchmark(
         "DrawBench", "a table with the columns Prompts and Category", column="Prompts",
         group="Category", count=200,
+        sha256="4056f6f1125417b3964a1623200158d7de26ee5869d2be8661737297ddca0dd1",
     ),
     "videoalign": Benchmark(
         "VideoAlign prompts", "a table with the column prompt, or text; equal ones count once",
@@ -104,15 +106,22 @@ class BenchmarkPrompts:
         prompts: The prompts.
         groups: The group of each; empty without groups.
         note: How many there are, and whether they are the published ones.
+        sha256: Of the texts, joined by line feeds, as UTF-8.
     """
 
     prompts: tuple[Prompt, ...]
     groups: tuple[str, ...]
     note: str
+    sha256: str
 
 
 def load_benchmark(
-    name: str, source: str, *, column: str | None = None, limit: int | None = None
+    name: str,
+    source: str,
+    *,
+    column: str | None = None,
+    limit: int | None = None,
+    expect: str | None = None,
 ) -> BenchmarkPrompts:
     """Read a set.
 
@@ -121,9 +130,10 @@ def load_benchmark(
         source: File, folder (hpsv2) or hub id.
         column: Of the prompt, if it is not the set's own.
         limit: Keep the first so many only (hpsv2: of each style).
+        expect: What `BenchmarkPrompts.sha256` must be, or begin with.
 
     Raises:
-        UserError: It cannot be read, or is not of this shape.
+        UserError: It cannot be read, is not of this shape, or not what is expected.
     """
     about = BENCHMARKS[name]
     if name == "hpsv2":
@@ -143,21 +153,28 @@ def load_benchmark(
         prompts = list(first.values())
     if limit is not None and name != "hpsv2":
         prompts = prompts[:limit]
+    texts = "\n".join(prompt.text for prompt in prompts).encode("utf-8", "surrogatepass")
+    found = hashlib.sha256(texts).hexdigest()
+    if expect is not None and not found.startswith(expect.lower()):
+        raise UserError(
+            f"--expect = {expect}: the {len(prompts)} prompts of {source} have the SHA-256 "
+            f"{found}; bring the file that is meant, or leave --expect out"
+        )
     groups = tuple(str(prompt.metadata.get(about.group, "")) for prompt in prompts)
-    return BenchmarkPrompts(tuple(prompts), groups if about.group else (), _note(about, prompts))
+    note = _note(about, prompts, found)
+    return BenchmarkPrompts(tuple(prompts), groups if about.group else (), note, found)
 
 
-def _note(about: Benchmark, prompts: Sequence[Prompt]) -> str:
+def _note(about: Benchmark, prompts: Sequence[Prompt], sha256: str) -> str:
     found = f"{about.title}: {len(prompts)}"
     if about.count is None:
         return f"{found} prompts" if about.title != "prompts" else f"{len(prompts)} prompts"
-    texts = "\n".join(prompt.text for prompt in prompts).encode("utf-8", "surrogatepass")
     if len(prompts) != about.count:
         return f"{found} prompts, while the published set has {about.count}"
     if about.sha256 is None:
         return f"{found} prompts, as many as the published set"
-    same = hashlib.sha256(texts).hexdigest() == about.sha256
-    return f"{found} prompts, " + ("the published ones" if same else "not the published texts")
+    same = "the published ones" if sha256 == about.sha256 else "not the published texts"
+    return f"{found} prompts, {same}"
 
 
 def _styles(source: Path, limit: int | None) -> list[Prompt]:

@@ -191,9 +191,17 @@ def not_finite(videos: Tensor) -> Tensor:
     return ~videos.isfinite().flatten(1).all(dim=1).cpu()
 
 
-def stays_on_cpu(reward: Reward) -> bool:
-    """Whether training hands a reward pixels in CPU memory, not on the process's device."""
-    return waits(reward) or bool(getattr(reward, "groupwise", False))
+def as_in_training(
+    rewards: Sequence[Reward], samples: Samples, device: torch.device
+) -> list[Samples]:
+    """The samples for each reward, with pixels where training has them; moved at most once.
+
+    They stay as they are for a reward that waits for a server or compares samples, and are on the
+    process's device for any other.
+    """
+    stays = [waits(reward) or bool(getattr(reward, "groupwise", False)) for reward in rewards]
+    moved = samples if all(stays) else replace(samples, videos=samples.videos.to(device))
+    return [samples if stay else moved for stay in stays]
 
 
 def _measured(
@@ -209,12 +217,9 @@ def _measured(
     parts = [torch.full((len(samples), width), torch.nan, dtype=torch.float64) for width in widths]
 
     def run(columns: Sequence[int], rows: slice, batch: Samples) -> None:
-        moved = batch
-        if not all(stays_on_cpu(rewards[column]) for column in columns):
-            moved = replace(batch, videos=batch.videos.to(device))
-        for column in columns:
-            reward = rewards[column]
-            there = batch if stays_on_cpu(reward) else moved
+        chosen = [rewards[column] for column in columns]
+        batches = as_in_training(chosen, batch, device)
+        for column, reward, there in zip(columns, chosen, batches, strict=True):
             scores[rows, column] = attempt(reward, there).values.double()
             # A reward that fails has no parts, and has said why.
             if isinstance(reward, HasParts) and scores[rows, column].isfinite().any():

@@ -19,6 +19,19 @@ from torch import Tensor
 from dancegrpo_fast.config import UserError
 
 
+def check_new(path: Path) -> None:
+    """Refuse a file with lines, which a run that is not resumed would mix its own with.
+
+    Raises:
+        UserError: It holds some.
+    """
+    if path.exists() and path.stat().st_size:
+        raise UserError(
+            f"output = {str(path.parent)!r}: already holds a run; "
+            "continue it with --resume latest, or name another folder"
+        )
+
+
 class JsonLines:
     """Appends to a file of one JSON object a line. One process only.
 
@@ -36,11 +49,8 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         if resumed is not None:
             _drop_after(path, resumed)
-        elif path.exists() and path.stat().st_size:
-            raise UserError(
-                f"output = {str(path.parent)!r}: already holds a run; "
-                "continue it with --resume latest, or name another folder"
-            )
+        else:
+            check_new(path)
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, iteration: int, values: Mapping[str, float]) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+
+from dancegrpo_fast.report.chart import number_text
 
 PICTURE_BYTES = 11_000_000  # Of all pictures of a page, encoded; the rest of a page is below 2 MB.
 
@@ -56,6 +59,16 @@ class Pictures:
         )
 
 
+    def told(self, where: str) -> str:
+        """How many found no room, and where they are; nothing if all did."""
+        if not self.left_out:
+            return ""
+        return (
+            f'<p class="state">{self.left_out} pictures were left out to keep this page small '
+            f"({PICTURE_BYTES / 1e6:.0f} MB of pictures); they are in {escape(where)}.</p>"
+        )
+
+
 def section(title: str, content: str, note: str = "") -> str:
     """A heading with what stands below it; nothing if there is nothing."""
     text = f"<p>{escape(note)}</p>" if note else ""
@@ -82,6 +95,20 @@ def raw_table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = ""
         f'<div class="wide"><table class="{kind}"><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def audit(findings: Sequence[Mapping[str, Any]]) -> str:
+    """What an audit found, as `audit.json` holds it: `asdict` of each `audit.Finding`."""
+    rows = []
+    for found in findings:
+        word = '<span class="flag">look at it</span>' if found["flagged"] else "quiet"
+        numbers = [found[name] for name in ("base", "trained")]
+        shown = ["" if number is None else number_text(number) for number in numbers]
+        told = (found["threshold"], found["advice"] if found["flagged"] else "")
+        texts = [f'<div class="text">{escape(text)}</div>' if text else "" for text in told]
+        rows.append([escape(found["name"]), word, *shown, *texts])
+    head = ("looked at", "", "before", "after", "limit", "what to try")
+    return raw_table(head, rows) if rows else ""
 
 
 def code(text: str) -> str:
@@ -130,9 +157,11 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
   border-radius: .15em; background: var(--c); }
 .spark { display: block; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
+.cards.pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
   padding: .75rem; overflow-wrap: anywhere; break-inside: avoid; }
 .clips { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; margin-bottom: .5rem; }
+.pairs .clips { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
 .strip { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(4.5rem, 9rem);
   gap: .6rem; overflow-x: auto; margin: .2rem 0 1rem; break-inside: avoid; }
 .clips img, .strip img { width: 100%; height: auto; display: block; border-radius: .35rem; }
@@ -144,7 +173,9 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 .wide { overflow-x: auto; } .figures + .wide { margin-top: 1.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 500; font-size: .85rem; }
+.numbers td { white-space: nowrap; }
+.text { min-width: 13rem; }
+th { color: var(--soft); font-weight: 500; font-size: .85em; }
 .hash td + td { font: .8rem/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem;
   overflow-x: auto; font: .85rem/1.5 ui-monospace, monospace; margin: 0; }
@@ -152,7 +183,9 @@ details { margin-top: 1.6rem; }
 summary { cursor: pointer; font-weight: 600; margin-bottom: .6rem; }
 @media print { main { max-width: none; padding: 0; } body { font-size: 12px; }
   .figures { grid-template-columns: 1fr 1fr; }
-  .cards { grid-template-columns: repeat(3, 1fr); } .wide, .strip { overflow: visible; }
+  .cards { grid-template-columns: repeat(3, 1fr); }
+  .cards.pairs { grid-template-columns: 1fr 1fr; } th, td { padding-right: .5rem; }
+  .numbers td { white-space: normal; } .wide, .strip { overflow: visible; }
   pre { white-space: pre-wrap; } h2, h3 { break-after: avoid; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """

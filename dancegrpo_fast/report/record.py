@@ -135,17 +135,19 @@ def _read(file: Path) -> Record:
     return Record(clips=clips, **values)
 
 
-def save_small(path: Path | io.BytesIO, clip: np.ndarray, *, fps: float) -> None:
+def save_small(
+    path: Path | io.BytesIO, clip: np.ndarray, *, fps: float, longest: int = LONGEST_SIDE
+) -> None:
     """Write [F, 3, H, W] uint8 as WebP, animated if F > 1, small enough to go into a page.
 
-    At most 256 pixels a side and 16 frames, spread over the clip and as long as it. Lossless where
-    nothing is shrunk away anyway.
+    At most `longest` pixels a side and 16 frames, spread over the clip and as long as it. Lossless
+    where that costs little: up to 64 pixels a side.
     """
     shown = spread(len(clip), MOST_FRAMES)
     frames = [Image.fromarray(clip[i].transpose(1, 2, 0)) for i in shown]
-    longest = max(frames[0].size)
-    if longest > LONGEST_SIDE:
-        size = [max(1, round(side * LONGEST_SIDE / longest)) for side in frames[0].size]
+    there = max(frames[0].size)
+    if there > longest:
+        size = [max(1, round(side * longest / there)) for side in frames[0].size]
         frames = [frame.resize((size[0], size[1]), Image.Resampling.LANCZOS) for frame in frames]
     frames[0].save(
         path,
@@ -154,7 +156,7 @@ def save_small(path: Path | io.BytesIO, clip: np.ndarray, *, fps: float) -> None
         append_images=frames[1:],
         duration=max(1, round(1000 * len(clip) / fps / len(frames))),
         loop=0,
-        lossless=longest <= 64,
+        lossless=there <= 64,
         quality=80,
     )
 

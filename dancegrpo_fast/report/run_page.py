@@ -7,7 +7,6 @@ an audit found, if there was one) and `summary.json` (if the run came to its end
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from html import escape
@@ -16,7 +15,6 @@ from typing import Any
 
 from dancegrpo_fast.config import RunConfig, UserError, load_config
 from dancegrpo_fast.report import cards, curves, page
-from dancegrpo_fast.report.chart import number_text
 from dancegrpo_fast.report.metrics import read_metrics
 from dancegrpo_fast.report.record import Record, read_records
 
@@ -109,8 +107,8 @@ def write_page(folder: Path, path: Path | None = None) -> Path:
             "Over time", strips, "Fixed prompts and noise; below each the iteration and the reward."
         ),
         page.section("Training samples", drawn, "By iteration: prompt."),
-        _left_out(pictures),
-        page.section("Audit", _audit(run.findings)),
+        pictures.told("evaluations/ and clips/"),
+        page.section("Audit", page.audit(run.findings)),
         page.section("Update", _update(run)),
         page.section("Time", _time(run)),
         page.section("Also measured", _measures(run)),
@@ -159,29 +157,6 @@ def _reward(run: RunFiles) -> str:
     if trained and not any(x["reward/zero_variance"] or x["reward/failed"] for x in trained):
         main = f"<p>Every group had a spread, and no sample failed.</p>{main}"
     return main + page.figures(curves.reward_charts(run.lines))
-
-
-def _left_out(pictures: page.Pictures) -> str:
-    if not pictures.left_out:
-        return ""
-    limit = f"{page.PICTURE_BYTES / 1e6:.0f} MB"
-    return (
-        f'<p class="state">{pictures.left_out} pictures were left out to keep this page small '
-        f"({limit} of pictures); they are in evaluations/ and clips/.</p>"
-    )
-
-
-def _audit(findings: Sequence[dict[str, Any]]) -> str:
-    rows = []
-    for found in findings:
-        word = '<span class="flag">look at it</span>' if found["flagged"] else "quiet"
-        numbers = [_number(found[name]) for name in ("base", "trained")]
-        advice = found["advice"] if found["flagged"] else ""
-        rows.append(
-            [escape(found["name"]), word, *numbers, escape(found["threshold"]), escape(advice)]
-        )
-    head = ("looked at", "", "before", "after", "limit", "what to try")
-    return page.raw_table(head, rows) if rows else ""
 
 
 def _update(run: RunFiles) -> str:
@@ -247,10 +222,6 @@ def _comparable(records: list[Record], done: int) -> list[Record]:
     """Those the log has, measured like the newest: a resumed run may have changed its prompts."""
     seen = [record for record in records if record.iteration <= done]
     return [record for record in seen if record.comparable(seen[-1])]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else number_text(value)
 
 
 def _lines(path: Path) -> Lines:

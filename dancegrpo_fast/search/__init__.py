@@ -14,7 +14,7 @@ A searched sample is a selection and no draw of the policy, so nothing can be tr
 selected paths alone. But the candidates of one visited state are independent draws of the policy
 from that state: with previews as their rewards they are a sibling group whose policy gradient is
 exact given the state. Which states are visited is decided by the search: their distribution is not
-the policy's own. `training_trees` and `sibling_credit` hand such groups to the update schedule.
+the policy's own. `training_trees` hands such groups to the update schedule.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from __future__ import annotations
 from dancegrpo_fast.search.growth import search
 from dancegrpo_fast.search.sampler import Sampler
 from dancegrpo_fast.search.settings import METHODS, Found, SearchCost, SearchSettings
-from dancegrpo_fast.search.siblings import sibling_credit, training_trees
+from dancegrpo_fast.search.siblings import training_trees
 
 __all__ = [
     "METHODS",
@@ -31,6 +31,5 @@ __all__ = [
     "SearchCost",
     "SearchSettings",
     "search",
-    "sibling_credit",
     "training_trees",
 ]

@@ -34,6 +34,8 @@ def search(
     weights: Sequence[float] = (1.0,),
     roots: Tensor | None = None,
     preview_all: bool = False,
+    keep_going: bool = False,
+    before_step: Callable[[int], object] = lambda states: None,
 ) -> list[Found]:
     """Search in T trees side by side.
 
@@ -47,10 +49,13 @@ def search(
         roots: [T, n, C, F, H, W] initial noise, n = width if step -1 is searched and else 1; None
             draws it below `keys`.
         preview_all: Preview also the candidates that all go on: training wants every value.
+        keep_going: Where all candidates or samples of a tree failed (NaN), take them in order
+            instead of ending: other trees have something to be trained on.
+        before_step: Called before each denoising step with the number of states it evaluates.
 
     Raises:
         ValueError: Settings that do not fit the schedule or the noise, no weight that ranks, values
-            of another shape, or a tree whose candidates or samples all failed (NaN).
+            of another shape, or without `keep_going` a tree in which all failed.
     """
     settings.check(sampler.schedule)
     if not any(weights):
@@ -60,10 +65,12 @@ def search(
             "noise_level = 0: every candidate of a state would be the same; set it above 0"
         )
     growth = _Growth(
-        sampler, conditions, score, settings, np.asarray(weights, float), preview_all, list(keys)
-    )
+        sampler, conditions, score, settings, np.asarray(weights, float), preview_all, list(keys),
+        keep_going,
+    )  # fmt: skip
     front = growth.roots(roots)
     for step in range(sampler.schedule.steps):
+        before_step(len(front))
         outputs = growth.evaluate(front, step)
         if step - 1 in settings.steps:
             front = growth.prune(front, outputs, step)
@@ -102,6 +109,7 @@ class _Growth:
     weights: np.ndarray
     preview_all: bool
     keys: list[NoiseKey]
+    keep_going: bool
 
     def __post_init__(self) -> None:
         self.trees = [_Tree(key) for key in self.keys]
@@ -151,7 +159,7 @@ class _Growth:
         for t, places in enumerate(of_tree):
             if rivals[t]:
                 rows = np.stack([self.trees[t].previews[state] for _, state in places])
-                best = self._best(rows, f"previews of tree {t} at step {step}")
+                best = self._best(rows, f"previews of tree {t} at step {step}") or range(len(rows))
                 # In the order of the paths: the rank of a state decides nothing further on.
                 places = [places[i] for i in sorted(best[: int(self.settings.kept)])]
             kept += places
@@ -231,10 +239,10 @@ class _Growth:
         return values
 
     def _best(self, rows: np.ndarray, what: str) -> list[int]:
-        """Positions with a score, best first; equal ones in order."""
+        """Positions with a score, best first; equal ones in order. None only if it keeps going."""
         used = self.weights != 0
         usable = np.flatnonzero(np.isfinite(rows[:, used]).all(axis=1))
-        if not len(usable):
+        if not len(usable) and not self.keep_going:
             raise ValueError(
                 f"all {len(rows)} {what} have no score (NaN): nothing can be chosen; mend the "
                 "reward, or search at later steps, where previews look like samples"

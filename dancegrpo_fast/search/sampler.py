@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,8 @@ class Sampler:
         final: The last step: "ode", or "x0" for the x0 estimate.
         exact_density: See `transitions.transition`.
         latent_dtype: Storage of latents.
+        forwards: [steps] forwards that every rank makes at each step, as `rollout.draw_trees` takes
+            them; None: as many as it needs.
     """
 
     family: Family
@@ -43,6 +45,7 @@ class Sampler:
     final: str = "ode"
     exact_density: bool = False
     latent_dtype: str = "float32"
+    forwards: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.final not in ("ode", "x0"):
@@ -61,7 +64,9 @@ class Sampler:
         name = self.family.grid.module_names(self.schedule)[step]
         kinds, found = conditions.kinds, dict[Place, Tensor]()
         timestep = torch.tensor(self.schedule.timesteps[step], dtype=torch.float32)
-        for batch in micro_batches(list(front), self.batch_size, lambda place: kinds[place[0]]):
+        batches = micro_batches(list(front), self.batch_size, lambda place: kinds[place[0]])
+        owed = 0 if self.forwards is None else self.forwards[step] - len(batches)
+        for batch in batches + batches[-1:] * owed:  # What others need more repeats the last.
             output = self.family.model_output(
                 self.modules[name],
                 torch.stack([front[place] for place in batch]),

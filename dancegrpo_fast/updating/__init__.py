@@ -24,6 +24,15 @@ UPDATERS: dict[str, type[Updater | NftUpdater | AwmUpdater | RewardUpdater]] = {
 }
 
 
+def check_loss(config: RunConfig, family: Family, rewards: Sequence[Reward]) -> None:
+    """Refuse what a recipe's kind of loss cannot train, before networks are loaded.
+
+    Raises:
+        UserError: The model or a reward.
+    """
+    UPDATERS[config.loss.kind].check(config, family, rewards)
+
+
 def make_updater(
     config: RunConfig,
     family: Family,
@@ -32,15 +41,18 @@ def make_updater(
     world: World,
     rewards: Sequence[Reward],
 ) -> Updater | NftUpdater | AwmUpdater | RewardUpdater:
-    """The update phase of a recipe, whose networks are in place.
-
-    Raises:
-        UserError: The model or a reward cannot be trained with this kind of loss.
-    """
+    """The update phase of a recipe that passed `check_loss`, whose networks are in place."""
     updater = UPDATERS[config.loss.kind](config, family, policy, engine, world)
     if isinstance(updater, RewardUpdater):
         updater.use(rewards)
     return updater
 
 
-__all__ = ["UPDATERS", "Iteration", "RewardUpdater", "make_updater", "old_log_prob_mode"]
+__all__ = [
+    "UPDATERS",
+    "Iteration",
+    "RewardUpdater",
+    "check_loss",
+    "make_updater",
+    "old_log_prob_mode",
+]

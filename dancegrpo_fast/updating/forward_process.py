@@ -8,7 +8,7 @@ noise) equally in all forwards of an iteration, which the keys of the noise guar
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.engine import Engine
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
+from dancegrpo_fast.rewards import Reward
 from dancegrpo_fast.roles import Role
 from dancegrpo_fast.tree import TreePlan
 from dancegrpo_fast.updating.policy_gradient import old_log_prob_mode
@@ -66,14 +67,19 @@ class ForwardUpdater(Stepping):
     ) -> None:
         super().__init__(config, family, policy, engine, world)
         self.key = NoiseKey.from_seed(config.seed).fold_in(Role.FORWARD)
+        if self.keeps_old:
+            policy.start_old()
+
+    @classmethod
+    def check(cls, config: RunConfig, family: Family, rewards: Sequence[Reward]) -> None:
+        """See `Stepping.check`: only flow models."""
         prediction = family.grid.schedule(config.rollout).prediction
         if prediction != "flow_prediction":
             raise UserError(
                 f"loss.kind = {config.loss.kind!r}: mixes samples with noise as flow models do, "
-                f"and family {config.model.family} predicts {prediction}; use another kind"
+                f"and family {config.model.family} predicts {prediction}; use policy_gradient, "
+                "refl or draft"
             )
-        if self.keeps_old:
-            policy.start_old()
 
     def trained(self, plan: TreePlan) -> TreePlan:
         """Every point of `loss.timestep_range`."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.batching import Update
-from dancegrpo_fast.config import RunConfig
+from dancegrpo_fast.batching import Call, Update
+from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.losses.gate import (
     RatioGate,
+    RatioGateError,
     explain_gap,
     forward_settings,
     gap_limit,
@@ -20,10 +22,12 @@ from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss, recomput
 from dancegrpo_fast.losses.step_ratios import StepRatios
 from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import Family
+from dancegrpo_fast.models.precision import check_float8
 from dancegrpo_fast.ops import POLICY_METRICS
 from dancegrpo_fast.parallel.engine import Engine
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
+from dancegrpo_fast.rewards import Reward
 from dancegrpo_fast.trajectories import Fan, Trajectories
 from dancegrpo_fast.updating.stepping import Iteration, Stepping
 
@@ -36,6 +40,18 @@ class Updater(Stepping):
     ) -> None:
         super().__init__(config, family, policy, engine, world)
         self.mode = old_log_prob_mode(config)
+        if config.loss.reuse_forwards and not engine.reuses_forwards:
+            raise UserError(
+                "loss.reuse_forwards = true: verified with one process and with "
+                f"parallel.engine = ddp, not with {config.parallel.engine} on {world.size} "
+                "processes; use ddp where the network fits, or leave it at false"
+            )
+
+    @classmethod
+    def check(cls, config: RunConfig, family: Family, rewards: Sequence[Reward]) -> None:
+        """See `Stepping.check`."""
+        if config.rollout.pool_dtype == "float8_e4m3":
+            check_float8(family.device)
 
     def run(
         self,
@@ -45,6 +61,8 @@ class Updater(Stepping):
     ) -> dict[str, float]:
         """See `Stepping.run`; the ratio gate stands before the first optimizer step."""
         drawn, conditions = given.drawn, given.conditions
+        reuse, scheduled = self.config.loss.reuse_forwards, sum(len(u.calls) for u in updates)
+        updates, kept = self._forwards(updates, drawn)
         gate = RatioGate(drawn.plan.schedule.steps, self.world.device)
         old, outputs = self._old_policy(updates, drawn, conditions, gate)
         totals = torch.zeros(len(POLICY_METRICS), dtype=torch.float64, device=self.world.device)
@@ -54,7 +72,9 @@ class Updater(Stepping):
         ratios = StepRatios(drawn.plan.schedule.steps, loss.clip_range, self.world.device)
         for position, update in enumerate(updates):
             for number, call in enumerate(update.calls):
-                with self.engine.call(call.module, self.last(update, number)) as module:
+                # Gradients of reused forwards are summed below, none in a backward.
+                last = not reuse and self.last(update, number)
+                with self.engine.call(call.module, last) as module:
                     result = policy_gradient_loss(
                         call, drawn, conditions, self.family, self.policy, module,
                         loss,
@@ -62,6 +82,7 @@ class Updater(Stepping):
                         reward_weights=given.reward_weights,
                         old_log_prob=old[position][number],
                         old_output=outputs[position][number],
+                        output=kept[position][number],
                     )  # fmt: skip
                     self.engine.backward(call.module, result.loss)
                 if self.world.speaks:
@@ -69,7 +90,14 @@ class Updater(Stepping):
                     ratios.record(call, drawn, result.log_prob, old[position][number])
                 if position == 0:
                     gate.record(call, drawn, result.log_prob)
-                progress(1)
+                if number < scheduled:
+                    progress(1)
+            if reuse:
+                # Ranks differ in their forwards; what they ask each other, they ask equally often.
+                for _ in range(scheduled - len(update.calls)):
+                    progress(1)
+                for name in update.modules:
+                    self.engine.sum_gradients(name)
             if position == 0:
                 metrics |= self._pass_gate(gate, given)
             norms += self._step(update)
@@ -78,6 +106,16 @@ class Updater(Stepping):
         if self.mode != "on_policy" and not loss.ratio_norm:  # Where 1, and another ratio's.
             means |= ratios.metrics(self.world.all_reduce)
         return metrics | self.step_metrics(norms) | means | self.steer(means["policy/kl"])
+
+    def _forwards(
+        self, updates: list[Update], drawn: Trajectories
+    ) -> tuple[list[Update], list[list[Tensor | None]]]:
+        """The updates as they are run, and of each call the output there is already."""
+        if not self.config.loss.reuse_forwards:
+            return updates, [[None] * len(update.calls) for update in updates]
+        assert len(updates) == 1, "the weights change with the first update"
+        update, outputs = reused(updates[0], drawn)
+        return [update], [outputs]
 
     def _old_policy(
         self, updates: list[Update], drawn: Trajectories, conditions: Conditions, gate: RatioGate
@@ -113,6 +151,14 @@ class Updater(Stepping):
         """Stop, on every rank, if training does not see the rollout's log-probs."""
         limit = gap_limit(self.config.loss, self.mode)
         largest, mean = gate.reduce(self.world.all_reduce)
+        if self.config.loss.reuse_forwards:
+            # Both log-probs are of one forward: no gap says that rows fit, not that forwards agree.
+            if float(largest.max()) > limit:
+                raise RatioGateError(
+                    f"ratio gate: log-probs of one forward differ by {float(largest.max()):.2e}: "
+                    "latents or coefficients changed between rollout and training"
+                )
+            return {"gate/applies": 0.0}
         if float(largest.max()) > limit:
             worst = gate.worst()
             with self.engine.gathered() as networks:
@@ -126,6 +172,50 @@ class Updater(Stepping):
             now = forward_settings(self.family, self.policy, batch_size=size)
             raise gap_report(largest, limit, self.mode, given.sampled_with, now, explanation)
         return {"gate/max_gap": float(largest.max()), "gate/mean_gap": float(mean.max())}
+
+
+def reused(update: Update, drawn: Trajectories) -> tuple[Update, list[Tensor | None]]:
+    """An update whose calls are the rollout's forwards, with the outputs of their states.
+
+    The gradient of the sum over all calls is that of the schedule's: each trained state stands in
+    one call, with its advantages and weights. Calls of zero weight are left out, nothing is
+    exchanged in a backward. A state that two parts of the rollout drew is trained in the first.
+    Rows without a trained edge get a gradient of zero; where one of them is not finite (0 x NaN is
+    NaN) the trained rows are evaluated anew.
+
+    Args:
+        update: As scheduled.
+        drawn: Its `graphs` are taken out: those of states that are not trained end here.
+
+    Returns:
+        The update, in canonical order of each call's first state; and of every call the output
+        [states, C, F, H, W] with its graph, or None.
+    """
+    due = {
+        (item.prompt, item.state): (call.module, item)
+        for call in update.calls
+        for item in call.items
+        if item.weights.any()
+    }
+    graphs, drawn.graphs = drawn.graphs, []
+    finite = torch.tensor([])
+    if graphs:
+        finite = torch.stack([output.detach().isfinite().all() for _, output in graphs])
+    found: list[tuple[Call, Tensor | None]] = []
+    for (places, output), usable in zip(graphs, finite.tolist(), strict=True):
+        rows = [row for row, place in enumerate(places) if place in due]
+        if not rows:
+            continue
+        named = [due.pop(places[row]) for row in rows]
+        call = Call(named[0][0], tuple(item for _, item in named))
+        if len(rows) == len(places):
+            found.append((call, output))
+        else:
+            found.append((call, output[rows] if usable else None))
+    assert not due, f"no forward of the rollout holds the states {sorted(due)}"
+    found.sort(key=lambda pair: (pair[0].items[0].prompt, pair[0].items[0].state))
+    calls = tuple(call for call, _ in found)
+    return replace(update, calls=calls), [output for _, output in found]
 
 
 def old_log_prob_mode(config: RunConfig) -> str:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast.batching import Call, Item, Update, micro_batches
-from dancegrpo_fast.config import UserError
+from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.losses.reward_gradient import reward_gradient, step_loss
+from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import REWARDS, Reward, Samples, placed
 from dancegrpo_fast.trajectories import Place, Trajectories
@@ -28,22 +29,22 @@ from dancegrpo_fast.updating.stepping import Iteration, Stepping
 class RewardUpdater(Stepping):
     """Update phase of a loss that differentiates rewards."""
 
-    def use(self, rewards: Sequence[Reward]) -> None:
-        """The recipe's rewards, in order.
-
-        Raises:
-            UserError: One of non-zero weight has no gradient.
-        """
-        pairs = list(zip(rewards, self.config.rewards, strict=True))
-        for index, (reward, config) in enumerate(pairs):
+    @classmethod
+    def check(cls, config: RunConfig, family: Family, rewards: Sequence[Reward]) -> None:
+        """See `Stepping.check`: rewards of non-zero weight need a gradient."""
+        for index, (reward, given) in enumerate(zip(rewards, config.rewards, strict=True)):
             able = getattr(reward, "differentiable", False) and hasattr(reward, "gradient_scores")
-            if config.weight and not able:
+            if given.weight and not able:
                 raise UserError(
-                    f"rewards.{index}.name = {config.name!r}: has no gradient with respect to "
-                    f"pixels as it is set up, and loss.kind = {self.config.loss.kind!r} needs one; "
+                    f"rewards.{index}.name = {given.name!r}: has no gradient with respect to "
+                    f"pixels as it is set up, and loss.kind = {config.loss.kind!r} needs one; "
                     f"of ours {', '.join(differentiable_names())} have one (without threshold and "
                     "win_rate); a class of your own sets differentiable and gradient_scores"
                 )
+
+    def use(self, rewards: Sequence[Reward]) -> None:
+        """The recipe's rewards, in order."""
+        pairs = zip(rewards, self.config.rewards, strict=True)
         self.rewards: list[tuple[Any, float]] = [(r, c.weight) for r, c in pairs if c.weight]
 
     def schedule(

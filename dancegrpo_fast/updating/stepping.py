@@ -21,6 +21,7 @@ from dancegrpo_fast.parallel.engine import Engine
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
 from dancegrpo_fast.prompt import Prompt
+from dancegrpo_fast.rewards import Reward
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.tree import TreePlan
 
@@ -70,6 +71,20 @@ class Stepping(ABC):
         self.skipped = self.skipped_total = 0
         self.kl_weight = config.loss.kl_weight
         self.kl_average: float | None = None
+
+    @classmethod
+    def check(cls, config: RunConfig, family: Family, rewards: Sequence[Reward]) -> None:
+        """Refuse a model or rewards that this kind of loss cannot train.
+
+        Args:
+            config: The recipe.
+            family: Opened, not loaded.
+            rewards: The recipe's, in order.
+
+        Raises:
+            UserError: One does not fit.
+        """
+        return  # Ratios train whatever a family draws, and need scores alone.
 
     @abstractmethod
     def run(

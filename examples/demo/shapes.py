@@ -97,7 +97,7 @@ def main() -> None:
     """Writes `train_prompts.txt` and `heldout_prompts.txt`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="which third is held out")
+    parser.add_argument("--seed", type=int, default=0, help="which third is held out (default 0)")
     args = parser.parse_args()
     train, held_out = split_prompts(args.seed)
     for name, prompts in (("train_prompts.txt", train), ("heldout_prompts.txt", held_out)):

@@ -232,13 +232,18 @@ def main() -> None:
     )
     folder = Path(__file__).parent / "model"
     parser.add_argument("--out", type=Path, default=folder, help="model folder (replaced)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--image-steps", type=int, default=600, help="VAE steps on frames")
-    parser.add_argument("--clip-steps", type=int, default=900, help="VAE steps on clips")
-    parser.add_argument("--clips", type=int, default=4096, help="clips encoded for training")
-    parser.add_argument("--steps", type=int, default=650, help="transformer optimizer steps")
-    parser.add_argument("--batch", type=int, default=96, help="latents per transformer step")
+    for name, default, text in (
+        ("seed", 0, "of weights and data"),
+        ("threads", 2, "CPU threads"),
+        ("image-steps", 600, "VAE steps on frames"),
+        ("clip-steps", 900, "VAE steps on clips"),
+        ("clips", 4096, "clips encoded for training"),
+        ("steps", 650, "transformer optimizer steps"),
+        ("batch", 96, "latents per transformer step"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})"
+        )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -14,6 +14,8 @@ from test_judges import FAST, LN, Model, samples, scripted
 from dancegrpo_fast.config import RewardConfig, UserError
 from dancegrpo_fast.rewards import REWARDS, Samples, checklists, load_rewards, score
 from dancegrpo_fast.rewards.checklists import Checklist, square, whole_seconds
+from dancegrpo_fast.rewards.loading import deadline
+from dancegrpo_fast.rewards.transport import Pool
 
 # ---- DeQA ----------------------------------------------------------------------------------------
 
@@ -169,6 +171,7 @@ def test_the_alignment_of_another_server_is_added(vision, monkeypatch):
     class Stub:
         def __init__(self, path):
             assert path == "http://other"
+            self.pool = Pool(["http://other"], None, 7.0, 1)
 
         def score(self, seen):
             return checklists.Scored.of(torch.tensor([0.5, 0.0]), {1: "it slept"})
@@ -179,6 +182,15 @@ def test_the_alignment_of_another_server_is_added(vision, monkeypatch):
         scored = score(reward, samples(1, 1))
     assert float(scored.values[0]) == pytest.approx(0.5 * 0.5 + 3.78 + 0.25, rel=1e-6)
     assert math.isnan(scored.values[1]) and scored.errors == ("", "it slept")
+    # Both servers are asked in one call, one after the other: 20 s and 7 s.
+    assert reward.chat.pool.seconds == 20.0 and deadline(reward) == 27.0
+    alone = REWARDS["vision_reward"](url, template=vision, **FAST)
+    assert deadline(alone) == 20.0 and deadline(REWARDS["flicker"]()) is None
+    settings = {"template": vision, "alignment": "http://other", **FAST}
+    config = RewardConfig(name="vision_reward", path=url, options=settings)
+    load_rewards([config], timeout_seconds=28.0)
+    with pytest.raises(UserError, match=r"options.seconds = 27: must be below .*seconds = 27,"):
+        load_rewards([config], timeout_seconds=27.0)
 
 
 def test_lists_and_weights_of_other_lengths_do_not_score():

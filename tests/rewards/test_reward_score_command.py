@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -67,6 +68,35 @@ def test_scores_of_files_are_those_of_their_pixels(capsys, tmp_path):
         corner = np.asarray(sheet)[2 : 2 + 120, 2 : 2 + 144]
         expected = images[best].permute(1, 2, 0).numpy().repeat(3, axis=0).repeat(3, axis=1)
         assert (corner == expected).all()
+
+
+DEVICES = """
+import torch
+
+class Moved:
+    name = "moved"
+
+    def __call__(self, videos, prompts):
+        return torch.full((len(prompts),), float(videos.device.type == "meta"))
+
+
+class Waits(Moved):
+    name, remote = "waits", True
+"""
+
+
+def test_pixels_are_where_training_has_them(capsys, monkeypatch):
+    """On the process's device, but for rewards that wait for a server: these stay on the CPU."""
+    for i, image in enumerate(images_of((8, 8), 3)):
+        save(image, f"{i % 2:04d}_{i}.png")
+    Path("where.py").write_text(DEVICES)
+    world = SimpleNamespace(device=torch.device("meta"))
+    monkeypatch.setattr("dancegrpo_fast.parallel.world.World.from_environment", lambda: world)
+    arguments = ["--reward", "where.py:Moved", "--reward", "where.py:Waits", "--batch-size", "2"]
+    code, out, rows = score(capsys, *arguments)
+    assert code == 0, out
+    found = [(float(row["where.py:Moved"]), float(row["where.py:Waits"])) for row in rows]
+    assert found == [(1.0, 0.0)] * 3
 
 
 def test_win_rates_and_several_rewards(capsys):

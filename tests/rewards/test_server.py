@@ -341,7 +341,7 @@ def test_a_running_request_is_finished_before_the_end(tmp_path):
         (["no_such", "--port", "0"], "no such reward"),
         (["colourfulness", "colourfulness", "--port", "0"], "two rewards have the name"),
         (["colourfulness", "--port", "0", "--devices", "gpu"], "--devices = gpu"),
-        (["colourfulness", "--batch", "0"], "--batch = 0: must be positive"),
+        (["colourfulness", "--batch-size", "0"], "--batch-size = 0: must be positive"),
         (["colourfulness", "--token-file", "gone"], "--token_file = 'gone': cannot be read"),
         ([], "needs NAMEs or --recipe"),
     ],

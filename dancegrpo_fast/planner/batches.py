@@ -1,0 +1,73 @@
+"""How many states fit in one call: what a budget in tokens comes to where states have one size.
+
+Every sample of a run has the same frames, height and width, and prompts of unequal text lengths
+never share a call: a call's tokens are its states times a constant, up to the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from dancegrpo_fast.config import RunConfig
+from dancegrpo_fast.models import Family
+from dancegrpo_fast.planner.estimate import Estimate, Hardware, Planner
+from dancegrpo_fast.planner.work import work_of
+
+_ALL = 1 << 30  # More states than a process has.
+FIELDS = {
+    "rollout.batch_size": ("rollout", "decode", "score"),
+    "loss.micro_batch_size": ("train",),
+}
+"""Fields that count states, and the phases whose memory they decide."""
+
+
+def largest_batches(planner: Planner, estimate: Estimate, hardware: Hardware) -> dict[str, int]:
+    """The largest value of each field that fits, on an estimate's mesh; 0 if not even 1 does.
+
+    Each is found with the other as it is; no larger than what a process ever has at once.
+    """
+    return {field: _of_field(planner, estimate, hardware, field) for field in FIELDS}
+
+
+def _of_field(planner: Planner, estimate: Estimate, hardware: Hardware, field: str) -> int:
+    section, name = field.split(".")
+
+    def with_size(size: int) -> RunConfig:
+        part = getattr(estimate.config, section).model_copy(update={name: size})
+        return estimate.config.model_copy(update={section: part})
+
+    def fits(size: int) -> bool:
+        changed = Planner(with_size(size), planner.family, planner.networks)
+        memory = changed.estimate(hardware).memory
+        return all(memory.total(phase) <= hardware.usable for phase in FIELDS[field])
+
+    config = with_size(_ALL)
+    work = work_of(config, planner.family, hardware.gpus, config.parallel.sp)
+    calls = [work.rollout] if section == "rollout" else work.training
+    return _largest(max(size for call in calls for sizes in call.values() for size in sizes), fits)
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits, where all smaller ones do.
+
+    A new size takes seconds to trace, and mostly all fit or few: those are tried first.
+    """
+    if fits(most):
+        return most
+    low, high = 0, 1
+    while high < most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def image_tokens(family: Family) -> int | None:
+    """Of a state; None for a network without tokens (a UNet)."""
+    if not family.sequence:
+        return None
+    pairs = zip(family.latent_shape[1:], family.token_patch(), strict=True)
+    return math.prod(size // patch for size, patch in pairs)

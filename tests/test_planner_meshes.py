@@ -1,0 +1,145 @@
+"""What the planner says of meshes: exchanges, the best mesh, the largest batches, the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_models import tiny_config, tiny_recipe, tiny_wan
+
+from dancegrpo_fast.cli import main
+from dancegrpo_fast.config import ParallelConfig, RunConfig, UserError
+from dancegrpo_fast.models import open_family
+from dancegrpo_fast.planner import Hardware, Planner, largest_batches
+from dancegrpo_fast.planner.batches import FIELDS, _largest, image_tokens
+from dancegrpo_fast.planner.estimate import meshes
+from dancegrpo_fast.planner.network import Networks
+from dancegrpo_fast.planner.traffic import Mesh, exchanged
+from dancegrpo_fast.planner.work import work_of
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_wan(tmp_path_factory.mktemp("planner") / "wan")
+
+
+def planner_of(config: RunConfig) -> Planner:
+    return Planner(config, open_family(config.model))
+
+
+# ---- traffic -------------------------------------------------------------------------------------
+
+
+def test_exchanges_of_sequence_parallelism(tmp_path, model):
+    """By hand: 3 latent frames of 4 x 4 are 12 tokens of 24 float32 numbers, 2 blocks, guided."""
+    config = tiny_config(tmp_path, model, {"model.guidance": 3.0})
+    family, parallel = open_family(config.model), ParallelConfig(sp=2)
+    work = work_of(config, family, 2, sp=2)
+    networks = Networks(config, family).networks
+    rollout, update = exchanged(family, parallel, Mesh(1, 2, 8), networks, work)
+    forward = 4 * 6 * 24 * 4 * 2 * 2 // 2
+    assert rollout.inside == forward * sum(work.rollout["transformer"])
+    trained = sum(sum(batches["transformer"]) for batches in work.training)
+    assert update.inside == 2 * forward * trained
+    assert rollout.between == update.between == 0
+
+
+# ---- meshes and the command ----------------------------------------------------------------------
+
+
+def test_the_recommended_mesh_fits_and_is_the_fastest(tmp_path, model):
+    planner = planner_of(tiny_config(tmp_path, model, {"rollout.group_size": 8}))
+    hardware = Hardware(4, machine=2, link=1e6, inside=1e9)
+    found = planner.recommend(hardware)
+    assert found is not None
+    best, reasons = found
+    assert best.fits(hardware)
+    assert best.config.parallel.checkpointing == "none", "there is room for all activations"
+    assert best.config.parallel.gather_rollout
+    assert any("gather_rollout=false takes" in reason for reason in reasons)
+    assert all(best.total <= other.total for other in planner._candidates(hardware))
+    # Less memory: blocks are computed again, or weights are spread wider.
+    need = best.memory.total(best.memory.peak)
+    least = planner.smallest(hardware)
+    assert least is not None and least.memory.total(least.memory.peak) < need
+    small = Hardware(4, machine=2, link=1e6, inside=1e9, memory=0.99 * need / 0.9)
+    tight = planner.recommend(small)
+    assert tight is not None and tight[0].fits(small) and tight[0].total >= best.total
+    assert planner.recommend(Hardware(4, machine=2, memory=1e3)) is None
+
+
+def test_meshes_use_all_gpus():
+    for gpus, machine in ((1, 8), (3, 8), (12, 8), (64, 8), (16, 4)):
+        found = list(meshes(ParallelConfig(), Hardware(gpus, machine)))
+        assert found, gpus
+        assert all(p.dp_replicate * p.dp_shard * p.sp == gpus for p in found)
+        assert (1, gpus) in {(p.dp_replicate, p.dp_shard * p.sp) for p in found}
+
+
+def test_a_mesh_that_does_not_multiply_is_refused(tmp_path, model):
+    planner = planner_of(tiny_config(tmp_path, model, {"parallel.dp_replicate": 3}))
+    with pytest.raises(UserError, match=r"must multiply to the 4"):
+        planner.estimate(Hardware(4))
+    with pytest.raises(UserError, match=r"cannot be spread over 16"):
+        planner_of(tiny_config(tmp_path, model)).estimate(Hardware(16))
+    parallel = ParallelConfig(sp=3)
+    with pytest.raises(UserError, match=r"parallel.sp = 3"):
+        planner_of(tiny_config(tmp_path, model)).estimate(Hardware(3), parallel)
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 8, 33])
+def test_the_largest_that_fits_is_found(most):
+    for limit in range(most + 3):
+
+        def fits(size: int, limit: int = limit) -> bool:
+            assert 1 <= size <= most
+            return size <= limit
+
+        assert _largest(most, fits) == min(limit, most)
+
+
+def test_the_largest_batches_fit_and_larger_ones_do_not(tmp_path, model):
+    """On so little memory that a rollout takes 3 to 7 of its 8 states."""
+    config = tiny_config(tmp_path, model)
+    planner = planner_of(config)
+
+    def need(field: str, size: int) -> float:
+        section, name = field.split(".")
+        changed = planner_of(tiny_config(tmp_path, model, {field: size}))
+        memory = changed.estimate(Hardware(1)).memory
+        assert getattr(getattr(changed.config, section), name) == size
+        return max(memory.total(phase) for phase in FIELDS[field])
+
+    for field, most in (("rollout.batch_size", 8), ("loss.micro_batch_size", 18)):
+        usable = (need(field, 3) + need(field, 4)) / 2
+        hardware = Hardware(1, memory=usable / 0.9)
+        assert largest_batches(planner, planner.estimate(hardware), hardware)[field] == 3
+        # 2 prompts of 4 samples; trained are 2 roots and twice 8 states.
+        plenty = Hardware(1)
+        assert largest_batches(planner, planner.estimate(plenty), plenty)[field] == most
+        none = Hardware(1, memory=1e3)
+        assert largest_batches(planner, planner.estimate(none), none)[field] == 0
+    # 5 frames of 16 x 16 are latents of 3 x 4 x 4, tokens of 1 x 2 x 2.
+    assert image_tokens(planner.family) == 12
+
+
+def test_the_command(tmp_path, model, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(tmp_path, model)))
+    assert main(["plan", str(recipe), "--gpus", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "nothing shared" in text and "recommended:" in text and "projected" in text
+    assert "rollout.batch_size=4, 4 x 12 image tokens a call" in text
+    assert main(["plan", str(recipe), "--gpus", "1", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["recipe"]["fits"]
+    assert values["recommended"]["mesh"]["checkpointing"] == "none"
+    assert values["recommended"]["largest_batches"] == dict(zip(FIELDS, (8, 18), strict=True))
+    assert main(["plan", str(recipe), "--gpus", "1", "--memory", "0.0001"]) == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    for wrong in (["--json"], ["--gpus", "0"], ["--gpus", "2", "--efficiency", "40"],
+                  ["--gpus", "2", "--link", "0"]):  # fmt: skip
+        assert main(["plan", str(recipe), *wrong]) == 2
+        assert wrong[-2 if len(wrong) > 1 else -1] in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""benchmarks/throughput.py: what it composes, predicts and counts is what runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import counted
+import ladder
+import measuring
+import scaling
+import slices
+
+SIZE = {"height": 32, "width": 32, "frames": 5, "group_size": 3, "steps": 4, "batch": 3}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """An iteration of a smaller model in the public pattern and in ours."""
+    changes = ladder.MODELS["small_wan"]["changes"]
+    network = changes["transformer"] | {"ffn_dim": 64, "num_layers": 2}
+    small = SIZE | {"changes": changes | {"transformer": network}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ladder.MODELS, "small_wan", ladder.MODELS["small_wan"] | small)
+        rungs = (ladder.PUBLIC, ladder.OURS)
+        found = measuring.measure("small_wan", rungs, 1)["rows"]
+        whole = {"group_size": 3, "steps": 4}
+        return {
+            rung.name: row | {"counted": slices.counts("small_wan", rung, whole),
+                              "planned": scaling.planned("small_wan")}
+            for rung, row in zip(rungs, found, strict=True)
+        }  # fmt: skip
+
+
+def test_states_are_those_of_the_tree(rows):
+    """3 chains of 4 steps from one noise, the last step not trained; shared: the root only."""
+    for name, drawn, trained in (("public pattern", 12, 9), ("ours", 10, 7)):
+        row = rows[name]
+        assert (row["forwards"], row["trained"], row["samples"]) == (drawn, trained, 3)
+        assert row["counted"] == {"drawn": drawn, "trained": trained, "samples": 3}
+    assert rows["public pattern"]["calls"] == 12 + 9, "one state a call"
+    assert rows["ours"]["calls"] == 4 + 3, "a root, then three states a call"
+
+
+def test_products_are_those_that_the_planner_predicts(rows):
+    """The lines of the figure, against the trace of each call that was made."""
+    assert rows["ours"]["planned"] == pytest.approx(rows["ours"]["flops"])
+
+
+def test_every_part_of_an_iteration_is_reported(rows):
+    for row in rows.values():
+        assert 0 < row["fused_share"] < 0.5
+        assert 0 < row["step_seconds"] < row["update_seconds"]
+        assert row["values_asked_for"] > 0
+        assert row["collectives"] == 0 and row["launches"] is None
+        seconds = row["sample_seconds"] + row["score_seconds"] + row["update_seconds"]
+        assert row["samples_per_second"] == pytest.approx(3 / seconds)
+
+
+def test_every_kernel_of_ours_is_known_by_name():
+    root = Path(__file__).parents[1]
+    triton = "".join(p.read_text() for p in (root / "dancegrpo_fast/ops/kernels").glob("*.py"))
+    cuda = "".join(p.read_text() for p in (root / "csrc").glob("*.cu"))
+    names = re.findall(r"^def (\w+_kernel)\(", triton, re.M) + re.findall(r" (\w+_kernel)\(", cuda)
+    assert len(names) > 10
+    assert all(counted.FUSED.search(name) for name in names), names
+    assert counted.FUSED.search("(anonymous namespace)::whole_kernel(void*)")
+    others = ("vectorized_elementwise_kernel", "at::native::layer_norm_gradient_kernel<float>")
+    assert not any(counted.FUSED.search(name) for name in others)
+
+
+def test_a_whole_is_composed_by_counts():
+    part = {
+        "sample_seconds": 10.0, "forwards": 5, "score_seconds": 4.0, "samples": 4,
+        "update_seconds": 21.0, "step_seconds": 1.0, "trained": 4,
+    }  # fmt: skip
+    whole = slices.composition(part, {"drawn": 50, "trained": 40, "samples": 12})
+    # 2 s a state drawn, 1 s a sample, 5 s a state trained and one optimizer step of 1 s.
+    assert whole["seconds"] == {"sample": 100.0, "score": 12.0, "update": 201.0}
+
+
+def test_the_rate_of_the_figure():
+    points = [{"planned_flops": 8.0, "seconds": 4.0}, {"planned_flops": 8.0, "seconds": 1.0}]
+    rate, error = scaling.fit(points)
+    assert rate == pytest.approx(4.0)
+    assert error == pytest.approx(1.0)
