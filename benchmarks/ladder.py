@@ -30,7 +30,7 @@ from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.trainer import Trainer
 from dancegrpo_fast.trajectories import Trajectories
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 HERE = Path(__file__)
 CLOSE = 1e-4  # Of samples, loss and gradient norm between rungs.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dancegrpo_fast.config import AdvantageConfig
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 Array = np.ndarray
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from dancegrpo_fast.advantages import LeafAdvantages
 from dancegrpo_fast.ops.noise import NoiseKey, permutation
-from dancegrpo_fast.timesteps import timestep_subsets
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.timesteps import timestep_subsets
+from dancegrpo_fast.trees.tree import TreePlan
 
 T = TypeVar("T")
 _UPDATE = 0  # Domain below the selection key; timesteps.py has others.

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from dancegrpo_fast.config import RunConfig, UserError
+from dancegrpo_fast.config import OptimizerConfig, ParallelConfig, RunConfig, UserError
 from dancegrpo_fast.models import Family
 from dancegrpo_fast.models.loading import stored_tensors, weight_files
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.activations import prepare_blocks
 from dancegrpo_fast.parallel.attention import check_attention, set_attention
-from dancegrpo_fast.parallel.engine import Engine, make_engine
+from dancegrpo_fast.parallel.engine import Engine, Replicated, Sharded
+from dancegrpo_fast.parallel.graphs import check_graphs
 from dancegrpo_fast.parallel.sequence import check_sequence, split_sequence
 from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.parallel.zero import DeepSpeedEngine
 from dancegrpo_fast.placing import like
 from dancegrpo_fast.policy import Policy
+
+logger = logging.getLogger(__name__)
 
 
 def check(config: RunConfig, family: Family, world: World) -> None:
     """Refuse a split or an attention that the networks cannot do, before anything is loaded."""
     parallel = config.parallel
+    if parallel.compile == "graphs":
+        check_graphs(parallel, world)
     tokens = math.prod(
         size // patch
         for size, patch in zip(family.latent_shape[1:], family.token_patch(), strict=True)
@@ -102,3 +110,19 @@ def base_weights(family: Family, policy: Policy) -> dict[str, Tensor]:
             if parameter is not None:
                 found[f"{network}.{name}"] = like(parameter, tensor)
     return found
+
+
+def make_engine(
+    modules: Mapping[str, nn.Module],
+    parallel: ParallelConfig,
+    optimizer: OptimizerConfig,
+    world: World,
+) -> Engine:
+    """The engine a recipe asks for; alone, weights stay where they are."""
+    if world.size == 1 and (parallel.engine == "deepspeed" or parallel.defer_reduction):
+        logger.warning("one process: parallel.engine and its settings have nothing to spread")
+    kinds: dict[str, type[Engine]] = {
+        "ddp": Replicated, "fsdp": Sharded, "deepspeed": DeepSpeedEngine,
+    }  # fmt: skip
+    kind = Replicated if world.size == 1 else kinds[parallel.engine]
+    return kind(modules, parallel, optimizer, world)

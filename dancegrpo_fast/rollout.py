@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dancegrpo_fast import candidates
 from dancegrpo_fast.advantages import check_credit
 from dancegrpo_fast.batching import micro_batches
-from dancegrpo_fast.chains import chains
 from dancegrpo_fast.config import RolloutConfig, RunConfig
 from dancegrpo_fast.models.conditions import Conditions
 from dancegrpo_fast.models.family import DTYPES, Box, Family, evaluate
@@ -28,7 +26,9 @@ from dancegrpo_fast.roles import Role
 from dancegrpo_fast.schedules import Schedule
 from dancegrpo_fast.trajectories import Fan, Place, Trajectories
 from dancegrpo_fast.transitions import coefficient_table, transition
-from dancegrpo_fast.tree import (
+from dancegrpo_fast.trees import candidates
+from dancegrpo_fast.trees.chains import chains
+from dancegrpo_fast.trees.tree import (
     ROOT_STEP,
     TreePlan,
     branch_points,
@@ -38,7 +38,7 @@ from dancegrpo_fast.tree import (
     trunk_with_branches,
     window,
 )
-from dancegrpo_fast.windows import thinned, window_start, without_history_across
+from dancegrpo_fast.trees.windows import thinned, window_start, without_history_across
 
 
 def plan_iteration(config: RunConfig, grid: Grid, iteration: int) -> TreePlan:

@@ -17,8 +17,8 @@ from dancegrpo_fast.config import Interrupted, RunConfig, UserError, dump, load_
 from dancegrpo_fast.config.presets import preset_lines
 from dancegrpo_fast.faults import is_full_disk, is_lost_peer
 from dancegrpo_fast.held_out import HeldOut
-from dancegrpo_fast.lock import FolderLock
 from dancegrpo_fast.models import export
+from dancegrpo_fast.parallel.lock import FolderLock
 from dancegrpo_fast.parallel.stopping import SOON, StopRequested, ending_at_once
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.profiling import Profile

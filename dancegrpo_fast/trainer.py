@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from dancegrpo_fast import checkpoint, pool
+from dancegrpo_fast import checkpoint
 from dancegrpo_fast.advantages import (
     LeafAdvantages,
     RunningRewards,
@@ -24,10 +24,8 @@ from dancegrpo_fast.advantages import (
     leaf_advantages,
 )
 from dancegrpo_fast.batching import Update, build_updates, leaf_owners
-from dancegrpo_fast.candidates import walk
 from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.data import Draws, PromptSet
-from dancegrpo_fast.drawing import draw_part
 from dancegrpo_fast.losses.gate import forward_settings
 from dancegrpo_fast.models import Conditions, open_family
 from dancegrpo_fast.models.embeddings import Embeddings, embeddings_folder
@@ -41,10 +39,13 @@ from dancegrpo_fast.rewards import load_rewards
 from dancegrpo_fast.rewards.scoring import check_whole_groups, waits
 from dancegrpo_fast.roles import Role
 from dancegrpo_fast.rollout import denoise, plan_iteration
-from dancegrpo_fast.searching import SearchScoring, check_rewards, searches
-from dancegrpo_fast.timesteps import edge_weights
+from dancegrpo_fast.sampling import pool
+from dancegrpo_fast.sampling.drawing import draw_part
+from dancegrpo_fast.sampling.searching import SearchScoring, check_rewards, searches
 from dancegrpo_fast.trajectories import Trajectories
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.candidates import walk
+from dancegrpo_fast.trees.timesteps import edge_weights
+from dancegrpo_fast.trees.tree import TreePlan
 from dancegrpo_fast.updating import Iteration, RewardUpdater, check_loss, make_updater
 
 logger = logging.getLogger(__name__)

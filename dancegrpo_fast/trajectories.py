@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast.batching import Call
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 # A state of an iteration: (position of the prompt, state index in the plan). As an edge: its child.
 Place = tuple[int, int]

@@ -20,10 +20,10 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from dancegrpo_fast import dance_schedule, normal, transition  # noqa: E402
-from dancegrpo_fast import tree as trees  # noqa: E402
 from dancegrpo_fast.advantages import LeafAdvantages, best_and_worst  # noqa: E402
 from dancegrpo_fast.batching import Item, build_updates  # noqa: E402
 from dancegrpo_fast.ops.noise import NoiseKey  # noqa: E402
+from dancegrpo_fast.trees import tree as trees  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED, PLAIN, DARK, OTHER = "#b5472f", "#9aa5b1", "#30363d", "#2f6f9f"

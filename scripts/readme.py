@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dancegrpo_fast.verification import (
+from dancegrpo_fast.report.verification import (
     CPU,
     FILE,
     PASSED,

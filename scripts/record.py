@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dancegrpo_fast.verification import CPU, FILE, PASSED, ROOT, Row, content_hash
+from dancegrpo_fast.report.verification import CPU, FILE, PASSED, ROOT, Row, content_hash
 
 _PACKAGES = ("torch", "numpy", "triton", "diffusers", "transformers", "peft")
 _ELSEWHERE = (".", ":(exclude)benchmarks/results", ":(exclude)README.md")

@@ -18,7 +18,7 @@ from dancegrpo_fast.advantages import (
 )
 from dancegrpo_fast.config import AdvantageConfig
 from dancegrpo_fast.schedules import dance_schedule
-from dancegrpo_fast.tree import (
+from dancegrpo_fast.trees.tree import (
     TreePlan,
     branch_points,
     independent_roots,

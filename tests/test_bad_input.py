@@ -16,8 +16,8 @@ from tiny_models import CPU, AlwaysFails, tiny_config, tiny_recipe
 
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import UserError
-from dancegrpo_fast.lock import FolderLock
 from dancegrpo_fast.ops import policy_loss, sample_transition, transition_log_prob
+from dancegrpo_fast.parallel.lock import FolderLock
 from dancegrpo_fast.trainer import Trainer
 
 HERE = Path(__file__).parent

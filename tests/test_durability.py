@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from dancegrpo_fast import checkpoint
 from dancegrpo_fast.config import Interrupted, UserError
-from dancegrpo_fast.lock import FolderLock
+from dancegrpo_fast.parallel.lock import FolderLock
 from dancegrpo_fast.parallel.meeting import agree
 from dancegrpo_fast.parallel.stopping import NOW, SOON, Stopping, StopRequested
 from dancegrpo_fast.parallel.world import World, scorers, weight_axes

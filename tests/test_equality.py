@@ -21,7 +21,7 @@ from tree_stand_ins import BOX, SCHEDULE, draw
 
 from dancegrpo_fast.losses.policy_gradient import recompute_log_prob
 from dancegrpo_fast.trajectories import Fan
-from dancegrpo_fast.tree import (
+from dancegrpo_fast.trees.tree import (
     TreePlan,
     branch_points,
     independent_roots,

@@ -9,7 +9,6 @@ from forward_cases import NFT, SHAPE, random
 from tiny_models import CPU, tiny_config
 
 from dancegrpo_fast.batching import Call, Item
-from dancegrpo_fast.chains import chains, trained_at
 from dancegrpo_fast.config import LossConfig
 from dancegrpo_fast.losses.forward_process import (
     Noised,
@@ -24,6 +23,7 @@ from dancegrpo_fast.ops.noise import NoiseKey, normal_batch
 from dancegrpo_fast.roles import Role
 from dancegrpo_fast.trainer import Trainer
 from dancegrpo_fast.trajectories import Trajectories
+from dancegrpo_fast.trees.chains import chains, trained_at
 from dancegrpo_fast.updating.forward_process import old_decay
 from dancegrpo_fast.updating.policy_gradient import _means
 

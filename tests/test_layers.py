@@ -18,12 +18,11 @@ PACKAGE = "dancegrpo_fast"
 LEVELS: tuple[set[str], ...] = (
     {"ops"},
     {"schedules", "dynamics", "transitions"},
-    {"policy", "batching", "tree", "trajectories", "advantages", "roles", "prompt", "placing",
-     "timesteps", "windows", "chains", "candidates", "faults"},
-    {"rollout", "search", "losses", "models", "rewards", "parallel", "checkpoint", "data", "report",
-     "quiet", "verification"},
-    {"trainer", "planner", "pool", "updating", "drawing", "searching",
-     "run", "networks", "lock", "held_out", "profiling",
+    {"policy", "batching", "trees", "trajectories", "advantages", "roles", "prompt", "placing",
+     "faults"},
+    {"rollout", "search", "losses", "models", "rewards", "parallel", "checkpoint", "data",
+     "report"},
+    {"trainer", "planner", "sampling", "updating", "run", "networks", "held_out", "profiling",
      "evaluating"},
     {"cli"},
     {"__main__"},
@@ -35,15 +34,10 @@ LEVEL_OF = {unit: number for number, level in enumerate(LEVELS) for unit in leve
 ARROWS = {
     ("transitions", "dynamics"),
     ("transitions", "schedules"),
-    ("advantages", "tree"),
-    ("batching", "tree"),
+    ("advantages", "trees"),
+    ("batching", "trees"),
     ("batching", "advantages"),
-    ("batching", "timesteps"),
-    ("timesteps", "tree"),
-    ("windows", "tree"),
-    ("chains", "tree"),
-    ("candidates", "tree"),
-    ("trajectories", "tree"),
+    ("trajectories", "trees"),
     ("trajectories", "batching"),
     ("rollout", "models"),
     ("search", "models"),
@@ -53,18 +47,13 @@ ARROWS = {
     ("report", "data"),  # Prompt sets of benchmarks are read by the same readers.
     ("report", "rewards"),  # The Reward protocols: evaluation asks a reward for its parts.
     ("trainer", "updating"),
-    ("trainer", "pool"),
-    ("planner", "pool"),  # What is drawn in which part, and again.
+    ("trainer", "sampling"),
+    ("planner", "sampling"),  # What is drawn in which part, and again.
     ("trainer", "networks"),
-    ("trainer", "drawing"),
-    ("trainer", "searching"),
-    ("drawing", "searching"),
-    ("searching", "pool"),
     ("planner", "networks"),  # Which splits a network can do.
     ("planner", "updating"),  # Where old log-probs come from.
     ("policy", "placing"),
     ("run", "trainer"),
-    ("run", "lock"),
     ("run", "held_out"),
     ("run", "profiling"),
     ("held_out", "trainer"),
@@ -99,7 +88,7 @@ def sources() -> dict[str, str]:
 
 
 def unit_of(path: str) -> str:
-    """ "ops/noise.py" -> "ops", "tree.py" -> "tree", "__init__.py" -> "__init__"."""
+    """ "ops/noise.py" -> "ops", "rollout.py" -> "rollout", "__init__.py" -> "__init__"."""
     return path.split("/")[0].removesuffix(".py")
 
 
@@ -193,7 +182,7 @@ def test_the_table_names_what_exists() -> None:
         ("ops/kernels/gradient.py", "import scipy"),
         ("dynamics.py", "from dancegrpo_fast.config import UserError"),
         ("schedules.py", "from dancegrpo_fast.transitions import transition"),
-        ("tree.py", "from dancegrpo_fast import batching"),
+        ("trees/tree.py", "from dancegrpo_fast import batching"),
         ("losses/gate.py", "from dancegrpo_fast.rollout import draw_trees"),
         ("models/wan.py", "import dancegrpo_fast.rewards.scoring"),
         ("updating/stepping.py", "from dancegrpo_fast.trainer import Trainer"),
@@ -201,8 +190,8 @@ def test_the_table_names_what_exists() -> None:
         ("config/run.py", "from dancegrpo_fast.data import PromptSet"),
         ("trainer.py", "from dancegrpo_fast import NoiseKey"),
         ("trainer.py", "from dancegrpo_fast.integrations.trl import patch"),
-        ("integrations/trl.py", "from dancegrpo_fast.tree import TreePlan"),
-        ("__init__.py", "from dancegrpo_fast.tree import TreePlan"),
+        ("integrations/trl.py", "from dancegrpo_fast.trees.tree import TreePlan"),
+        ("__init__.py", "from dancegrpo_fast.trees.tree import TreePlan"),
         ("report/page.py", "import pandas"),
         ("report/page.py", "import scipy.stats"),  # Of the extra [dev], not of [train].
         ("new_part.py", "from dancegrpo_fast.ops import noise"),

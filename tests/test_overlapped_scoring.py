@@ -12,10 +12,10 @@ from pool_cases import iterations
 from tiny_models import CPU, tiny_config
 from torch import Tensor
 
-from dancegrpo_fast import pool
 from dancegrpo_fast.config import UserError
 from dancegrpo_fast.rewards.combine import Threshold, WinRate
 from dancegrpo_fast.rewards.scoring import Scoring, score_latents, waits
+from dancegrpo_fast.sampling import pool
 from dancegrpo_fast.trainer import Trainer
 
 

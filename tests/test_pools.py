@@ -19,12 +19,12 @@ from test_planner import Measured, live_storages
 from tiny_models import CPU, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from dancegrpo_fast import pool
 from dancegrpo_fast.batching import leaf_owners
 from dancegrpo_fast.config import RolloutConfig, UserError
 from dancegrpo_fast.models import open_family
 from dancegrpo_fast.planner import Hardware, Planner
 from dancegrpo_fast.planner.tracing import ATTENTION_FLOPS
+from dancegrpo_fast.sampling import pool
 from dancegrpo_fast.trainer import Trainer
 
 TREE = "rollout.tree"

@@ -18,7 +18,7 @@ from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss, recomput
 from dancegrpo_fast.ops import POLICY_METRICS, PolicyLoss
 from dancegrpo_fast.trainer import Trainer
 from dancegrpo_fast.trajectories import Fan
-from dancegrpo_fast.tree import branch_points, shared_root
+from dancegrpo_fast.trees.tree import branch_points, shared_root
 from dancegrpo_fast.updating import policy_gradient as updating
 
 CLIP = 0.2

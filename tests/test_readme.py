@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from verification_cases import MARKED, RECIPE, checkout, readme, record, row
 
-from dancegrpo_fast.verification import (
+from dancegrpo_fast.report.verification import (
     FILE,
     ROOT,
 )

@@ -18,7 +18,7 @@ from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss
 from dancegrpo_fast.rollout import draw_trees
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
-from dancegrpo_fast.tree import branch_points, shared_root, trunk_with_branches, window
+from dancegrpo_fast.trees.tree import branch_points, shared_root, trunk_with_branches, window
 from dancegrpo_fast.updating.policy_gradient import reused
 
 TREE = "rollout.tree"

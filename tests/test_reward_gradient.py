@@ -13,7 +13,6 @@ from tiny_models import CPU, tiny_config, tiny_recipe
 from tree_stand_ins import BOX, SCHEDULE, SHAPE, Family, Net, embeddings
 
 from dancegrpo_fast.batching import leaf_owners
-from dancegrpo_fast.chains import chains, cut_after, gradient_begin
 from dancegrpo_fast.config import RunConfig, UserError, load_config
 from dancegrpo_fast.losses.reward_gradient import reward_gradient, step_loss
 from dancegrpo_fast.models.family import evaluate
@@ -23,6 +22,7 @@ from dancegrpo_fast.rewards import SampleReward
 from dancegrpo_fast.trainer import Trainer
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
+from dancegrpo_fast.trees.chains import chains, cut_after, gradient_begin
 from dancegrpo_fast.updating import Iteration
 from dancegrpo_fast.updating.reward_gradient import (
     RewardUpdater,

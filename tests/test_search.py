@@ -18,7 +18,7 @@ from dancegrpo_fast.ops.noise import normal
 from dancegrpo_fast.rollout import denoise, draw_trees
 from dancegrpo_fast.search import SearchCost, SearchSettings, search
 from dancegrpo_fast.transitions import coefficient_table, transition, x0_step
-from dancegrpo_fast.tree import ROOT_STEP, TreePlan, noise_key, shared_root, window
+from dancegrpo_fast.trees.tree import ROOT_STEP, TreePlan, noise_key, shared_root, window
 
 # ------------------------------------------------------------------ special cases
 

@@ -19,13 +19,13 @@ from tree_stand_ins import BOX, KEY, LEVEL, SCHEDULE, Net, ReferencePolicy, embe
 
 from dancegrpo_fast.advantages import check_credit, edge_advantages, leaf_advantages
 from dancegrpo_fast.batching import build_updates, leaf_owners
-from dancegrpo_fast.candidates import beside, candidates_apart, search_tree
 from dancegrpo_fast.config import AdvantageConfig, LossConfig
 from dancegrpo_fast.losses.policy_gradient import policy_gradient_loss, recompute_log_prob
 from dancegrpo_fast.search import SearchSettings, search, training_trees
 from dancegrpo_fast.trajectories import Fan
 from dancegrpo_fast.transitions import coefficient_table
-from dancegrpo_fast.tree import Cost
+from dancegrpo_fast.trees.candidates import beside, candidates_apart, search_tree
+from dancegrpo_fast.trees.tree import Cost
 
 TWO_REWARDS = (0.75, 0.0, -0.5)
 

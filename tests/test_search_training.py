@@ -15,7 +15,6 @@ from tiny_models import CPU, Bright, tiny_config
 from torch import Tensor
 
 from dancegrpo_fast.advantages import leaf_advantages
-from dancegrpo_fast.candidates import visited
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import RunConfig, UserError, dump
 from dancegrpo_fast.losses.gate import RatioGateError
@@ -25,6 +24,7 @@ from dancegrpo_fast.planner.work import work_of
 from dancegrpo_fast.rollout import forwards_per_step
 from dancegrpo_fast.run import train
 from dancegrpo_fast.trainer import Trainer
+from dancegrpo_fast.trees.candidates import visited
 
 HERE = Path(__file__)
 TREE = "rollout.tree"
@@ -183,7 +183,7 @@ def test_calls_that_other_processes_need_are_made(tmp_path, tiny_wan_folder, mon
         needed.append(forwards_per_step(*arguments))
         return [count + 1 for count in needed[-1]]
 
-    monkeypatch.setattr("dancegrpo_fast.drawing.forwards_per_step", one_more)
+    monkeypatch.setattr("dancegrpo_fast.sampling.drawing.forwards_per_step", one_more)
     forwards: list[None] = []
     network = trainer.policy.modules["transformer"]
     network.register_forward_pre_hook(lambda *_: forwards.append(None))

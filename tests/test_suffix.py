@@ -24,7 +24,13 @@ from dancegrpo_fast.rollout import (
 from dancegrpo_fast.trainer import Trainer
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
-from dancegrpo_fast.tree import TreePlan, branch_points, shared_root, trunk_with_branches, window
+from dancegrpo_fast.trees.tree import (
+    TreePlan,
+    branch_points,
+    shared_root,
+    trunk_with_branches,
+    window,
+)
 
 TREE = "rollout.tree"
 ONE_NETWORK = ("net",) * SCHEDULE.steps

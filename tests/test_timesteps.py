@@ -12,9 +12,9 @@ from tree_stand_ins import KEY, SCHEDULE
 from dancegrpo_fast.advantages import leaf_advantages
 from dancegrpo_fast.ops.noise import permutation
 from dancegrpo_fast.schedules import dance_schedule, from_scheduler
-from dancegrpo_fast.timesteps import edge_weights, timestep_subsets
 from dancegrpo_fast.trainer import Trainer
-from dancegrpo_fast.tree import branch_points, shared_root, trunk_with_branches, window
+from dancegrpo_fast.trees.timesteps import edge_weights, timestep_subsets
+from dancegrpo_fast.trees.tree import branch_points, shared_root, trunk_with_branches, window
 
 EVERY = np.ones((3, 6), dtype=bool)
 TEN = dance_schedule(16, 3.0)

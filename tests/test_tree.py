@@ -12,7 +12,7 @@ from tree_stand_ins import BOX, KEY, SCHEDULE, SHAPE, Drawing, draw
 from dancegrpo_fast.ops.noise import normal
 from dancegrpo_fast.schedules import dance_schedule
 from dancegrpo_fast.transitions import transition
-from dancegrpo_fast.tree import (
+from dancegrpo_fast.trees.tree import (
     Cost,
     TreePlan,
     branch_points,

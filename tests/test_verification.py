@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from verification_cases import MARKED, RECIPE, checkout, git, readme, record, row
 
-from dancegrpo_fast import run, verification
+from dancegrpo_fast import run
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.verification import (
+from dancegrpo_fast.report import verification
+from dancegrpo_fast.report.verification import (
     FILE,
     ROOT,
     TWIN,

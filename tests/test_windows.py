@@ -14,8 +14,8 @@ from dancegrpo_fast.config import RolloutConfig
 from dancegrpo_fast.ops.noise import randint
 from dancegrpo_fast.rollout import plan_trees
 from dancegrpo_fast.schedules import dance_schedule
-from dancegrpo_fast.tree import Cost, branch_points, window
-from dancegrpo_fast.windows import thinned, window_start, without_history_across
+from dancegrpo_fast.trees.tree import Cost, branch_points, window
+from dancegrpo_fast.trees.windows import thinned, window_start, without_history_across
 
 TWELVE = dance_schedule(12, 3.0)
 

@@ -23,7 +23,7 @@ from dancegrpo_fast.ops import PolicyLoss
 from dancegrpo_fast.rollout import draw_trees
 from dancegrpo_fast.trajectories import Fan, Trajectories
 from dancegrpo_fast.transitions import Transition, coefficient_table, transition
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 CLIP = 0.2
 # Log-ratios planted on the edges in turn: twice below the clip range, inside, twice above.

@@ -28,7 +28,7 @@ from tree_case import (  # noqa: F401 -- EXPERTS and LOG_RATIOS for tests that t
 from tree_stand_ins import KEY
 
 from dancegrpo_fast.ops.noise import permutation
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dancegrpo_fast.rollout import draw_trees
 from dancegrpo_fast.schedules import dance_schedule
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 SCHEDULE = dance_schedule(5, 3.0)
 SHAPE = (2, 3, 2, 2)

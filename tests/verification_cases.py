@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dancegrpo_fast.verification import (
+from dancegrpo_fast.report.verification import (
     FILE,
     ROOT,
     TWIN,

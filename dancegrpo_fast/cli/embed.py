@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from dancegrpo_fast.config import load_config
 
     config = load_config(args.recipe, args.overrides)
-    from dancegrpo_fast.quiet import quiet_libraries
+    from dancegrpo_fast.cli.quiet import quiet_libraries
 
     quiet_libraries()
     from dancegrpo_fast.models import open_family

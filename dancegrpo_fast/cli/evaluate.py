@@ -93,11 +93,11 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from dancegrpo_fast.quiet import quiet_libraries
+    from dancegrpo_fast.cli.quiet import quiet_libraries
 
     quiet_libraries()
     from dancegrpo_fast.evaluating import Evaluating
-    from dancegrpo_fast.lock import FolderLock
+    from dancegrpo_fast.parallel.lock import FolderLock
     from dancegrpo_fast.parallel.world import World
     from dancegrpo_fast.report.benchmarks import load_benchmark
     from dancegrpo_fast.report.comparison import Results, table, write_json

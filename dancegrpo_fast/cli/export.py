@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from dancegrpo_fast.quiet import quiet_libraries
+    from dancegrpo_fast.cli.quiet import quiet_libraries
 
     quiet_libraries()
     from dancegrpo_fast.config import UserError

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from dancegrpo_fast.config import load_config
 
     config = load_config(args.recipe, args.overrides)
-    from dancegrpo_fast.quiet import quiet_libraries
+    from dancegrpo_fast.cli.quiet import quiet_libraries
 
     quiet_libraries()
     from huggingface_hub import constants

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dancegrpo_fast.config import RunConfig
     from dancegrpo_fast.models import Family
-    from dancegrpo_fast.tree import TreePlan
+    from dancegrpo_fast.trees.tree import TreePlan
 
 
 HARDWARE: dict[str, tuple[str, float, str]] = {
@@ -67,13 +67,13 @@ def run(args: argparse.Namespace) -> int:
     from dancegrpo_fast.config import load_config
 
     config = load_config(args.recipe, args.overrides)
-    from dancegrpo_fast.quiet import quiet_libraries
+    from dancegrpo_fast.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    from dancegrpo_fast.candidates import visited
     from dancegrpo_fast.config import UserError
     from dancegrpo_fast.models import open_family
     from dancegrpo_fast.rollout import plan_iteration
+    from dancegrpo_fast.trees.candidates import visited
 
     _check_options(args)
     family = open_family(config.model)
@@ -181,7 +181,7 @@ def tree_lines(plan: TreePlan, modules: tuple[str, ...]) -> list[str]:
 
 def cost_lines(plan: TreePlan, config: RunConfig) -> list[str]:
     """Network evaluations of one iteration over all prompts."""
-    from dancegrpo_fast.candidates import visited
+    from dancegrpo_fast.trees.candidates import visited
 
     cost, prompts = plan.cost(), config.data.prompts_per_iteration
     # A guided forward evaluates the network for two texts.

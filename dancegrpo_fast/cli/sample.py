@@ -97,7 +97,7 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
-    from dancegrpo_fast.quiet import quiet_libraries
+    from dancegrpo_fast.cli.quiet import quiet_libraries
 
     quiet_libraries()
     from dancegrpo_fast.config import EvaluationConfig, UserError

@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise UserError(f"folder = {args.folder!r}: is no folder")
 
+    from dancegrpo_fast.cli.quiet import quiet_libraries
     from dancegrpo_fast.data import PromptSet
-    from dancegrpo_fast.quiet import quiet_libraries
     from dancegrpo_fast.rewards.files import find_jobs
 
     prompts = PromptSet.load(args.prompts, field="--prompts").prompts

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("serve-reward needs NAMEs or --recipe; see dancegrpo-fast serve-reward -h")
     _need_packages()
 
-    from dancegrpo_fast.quiet import quiet_libraries
+    from dancegrpo_fast.cli.quiet import quiet_libraries
     from dancegrpo_fast.rewards.server import Limits, Service, bound_socket, serve
     from dancegrpo_fast.rewards.transport import read_token
 

@@ -59,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
             f"{config.iterations}"
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from dancegrpo_fast.quiet import quiet_libraries
+    from dancegrpo_fast.cli.quiet import quiet_libraries
 
     quiet_libraries()
+    from dancegrpo_fast.report.verification import recipe_label
     from dancegrpo_fast.run import train
-    from dancegrpo_fast.verification import recipe_label
 
     label = recipe_label(Path(args.recipe), overridden=bool(args.overrides))
     if label is not None and os.environ.get("RANK", "0") == "0":

@@ -22,7 +22,7 @@ from dancegrpo_fast.ops import PolicyLoss, awm_loss, nft_loss
 from dancegrpo_fast.ops.forward_loss import ForwardLoss, awm_weighting
 from dancegrpo_fast.ops.noise import NoiseKey, keys_table, normal_batch
 from dancegrpo_fast.trajectories import Place, Trajectories, harmless
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 
 class Noised(NamedTuple):

@@ -22,7 +22,7 @@ from dancegrpo_fast.models.loading import build, fill
 from dancegrpo_fast.models.source import Grid, Source
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.trajectories import Place
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Box = tuple[tuple[int, int], ...]

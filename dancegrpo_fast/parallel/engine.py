@@ -9,7 +9,6 @@ their weights are there, then `gathered`, `call`, `backward` and `step` in every
 """
 
 # No `from __future__ import annotations`: DDP compares a hook's annotations with the classes.
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,10 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dancegrpo_fast.config import OptimizerConfig, ParallelConfig
 from dancegrpo_fast.parallel.activations import kept_activations
-from dancegrpo_fast.parallel.graphs import Graphs, check_graphs
+from dancegrpo_fast.parallel.graphs import Graphs
 from dancegrpo_fast.parallel.world import World
-
-logger = logging.getLogger(__name__)
 
 
 class Engine(ABC):
@@ -262,7 +259,7 @@ class Sharded(Engine):
 
     @contextmanager
     def gathered(self) -> Iterator[Mapping[str, nn.Module]]:
-        gathered = _OneGathered(self.modules)
+        gathered = OneGathered(self.modules)
         try:
             yield gathered
         finally:
@@ -279,7 +276,7 @@ class Sharded(Engine):
             yield module
 
 
-class _OneGathered(Mapping[str, nn.Module]):
+class OneGathered(Mapping[str, nn.Module]):
     """Networks whose weights are whole; asking for one lets go of the others.
 
     Every rank asks for them in the same order (the steps of a rollout), so that the gathers meet.
@@ -315,24 +312,3 @@ class _OneGathered(Mapping[str, nn.Module]):
 def _parts(module: nn.Module) -> list[FSDPModule]:
     """The sharded parts of a network, the whole first."""
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
-
-
-def make_engine(
-    modules: Mapping[str, nn.Module],
-    parallel: ParallelConfig,
-    optimizer: OptimizerConfig,
-    world: World,
-) -> Engine:
-    """The engine a recipe asks for; alone, weights stay where they are."""
-    if world.size == 1 and (parallel.engine == "deepspeed" or parallel.defer_reduction):
-        logger.warning("one process: parallel.engine and its settings have nothing to spread")
-    if parallel.compile == "graphs":
-        check_graphs(parallel, world)
-    kinds: dict[str, type[Engine]] = {"ddp": Replicated, "fsdp": Sharded}
-    if world.size > 1 and parallel.engine == "deepspeed":
-        # Imported only here: it is an optional package, and slow to import.
-        from dancegrpo_fast.parallel.zero import DeepSpeedEngine
-
-        kinds["deepspeed"] = DeepSpeedEngine
-    kind = Replicated if world.size == 1 else kinds[parallel.engine]
-    return kind(modules, parallel, optimizer, world)

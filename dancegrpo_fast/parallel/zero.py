@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dancegrpo_fast.config import OptimizerConfig, ParallelConfig, UserError
 from dancegrpo_fast.parallel.activations import kept_activations
-from dancegrpo_fast.parallel.engine import Engine, _OneGathered, adamw
+from dancegrpo_fast.parallel.engine import Engine, OneGathered, adamw
 from dancegrpo_fast.parallel.world import World
 
 _BUCKET = 50_000_000  # Elements that are exchanged at once: 200 MB of float32 gradients.
@@ -175,7 +175,7 @@ class DeepSpeedEngine(Engine):
                 zero.averaged_gradients[group] = None
 
 
-class _OneWhole(_OneGathered):
+class _OneWhole(OneGathered):
     """Networks under ZeRO 3 whose weights are whole; asking for one lets go of the others."""
 
     def __init__(

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dancegrpo_fast import pool
 from dancegrpo_fast.advantages import RunningRewards, edge_advantages, leaf_advantages
 from dancegrpo_fast.batching import Call, Update, build_updates, leaf_owners, micro_batches
-from dancegrpo_fast.candidates import walk
 from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.models import Family
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.roles import Role
 from dancegrpo_fast.rollout import forwards_per_step, held_states, plan_iteration, steps_kept
+from dancegrpo_fast.sampling import pool
 from dancegrpo_fast.trajectories import Place
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.candidates import walk
+from dancegrpo_fast.trees.tree import TreePlan
 from dancegrpo_fast.updating import old_log_prob_mode
 
 

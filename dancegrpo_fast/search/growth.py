@@ -17,7 +17,7 @@ from dancegrpo_fast.ops.noise import DrawKey, NoiseKey, keys_table, normal_batch
 from dancegrpo_fast.search.sampler import Sampler
 from dancegrpo_fast.search.settings import Found, SearchCost, SearchSettings
 from dancegrpo_fast.trajectories import Fan, Place
-from dancegrpo_fast.tree import ROOT_STEP, State, TreePlan, noise_key
+from dancegrpo_fast.trees.tree import ROOT_STEP, State, TreePlan, noise_key
 
 # (latents [n, C, F, H, W], tree of each) -> values [n, R], NaN where a reward failed
 Score = Callable[[Tensor, Sequence[int]], np.ndarray]

@@ -15,7 +15,7 @@ from dancegrpo_fast.ops import sample_transition
 from dancegrpo_fast.schedules import Schedule
 from dancegrpo_fast.trajectories import Place
 from dancegrpo_fast.transitions import coefficient_table, transition, x0_step
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dancegrpo_fast.schedules import Schedule
-from dancegrpo_fast.tree import ROOT_STEP, TreePlan
+from dancegrpo_fast.trees.tree import ROOT_STEP, TreePlan
 
 METHODS = ("brute", "greedy", "beam")
 

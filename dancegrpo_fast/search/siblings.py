@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from dancegrpo_fast.batching import micro_batches
-from dancegrpo_fast.candidates import beside, candidates_apart
 from dancegrpo_fast.search.sampler import Sampler
 from dancegrpo_fast.search.settings import Found
 from dancegrpo_fast.trajectories import Place, Trajectories
+from dancegrpo_fast.trees.candidates import beside, candidates_apart
 
 
 def training_trees(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from dancegrpo_fast.batching import Call, Update
-from dancegrpo_fast.chains import trained_at
 from dancegrpo_fast.config import LossConfig, RunConfig, UserError
 from dancegrpo_fast.losses.forward_process import (
     Noised,
@@ -33,7 +32,8 @@ from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.policy import Policy
 from dancegrpo_fast.rewards import Reward
 from dancegrpo_fast.roles import Role
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.chains import trained_at
+from dancegrpo_fast.trees.tree import TreePlan
 from dancegrpo_fast.updating.policy_gradient import old_log_prob_mode
 from dancegrpo_fast.updating.stepping import Iteration, Stepping
 

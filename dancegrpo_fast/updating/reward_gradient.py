@@ -22,7 +22,7 @@ from dancegrpo_fast.models.family import Family
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import REWARDS, Reward, Samples, placed
 from dancegrpo_fast.trajectories import Place, Trajectories
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 from dancegrpo_fast.updating.stepping import Iteration, Stepping
 
 

@@ -23,7 +23,7 @@ from dancegrpo_fast.policy import Policy
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.rewards import Reward
 from dancegrpo_fast.trajectories import Trajectories
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 logger = logging.getLogger(__name__)
 MAX_SKIPPED = 3  # Updates in a row without a finite gradient before the run gives up.

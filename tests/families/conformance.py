@@ -28,7 +28,7 @@ from dancegrpo_fast.policy import Policy  # noqa: E402
 from dancegrpo_fast.prompt import Prompt  # noqa: E402
 from dancegrpo_fast.rollout import draw_trees  # noqa: E402
 from dancegrpo_fast.transitions import coefficient_table  # noqa: E402
-from dancegrpo_fast.tree import ROOT_STEP, State, TreePlan, noise_key  # noqa: E402
+from dancegrpo_fast.trees.tree import ROOT_STEP, State, TreePlan, noise_key  # noqa: E402
 
 KEY = NoiseKey.from_seed(5)
 STEPS = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dancegrpo_fast.models import FAMILIES
-from dancegrpo_fast.verification import TWIN
+from dancegrpo_fast.report.verification import TWIN
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

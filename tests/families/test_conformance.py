@@ -21,8 +21,8 @@ from tiny_models import CPU
 
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.models import FAMILIES, export, load_lines
+from dancegrpo_fast.report.verification import STOCK
 from dancegrpo_fast.trainer import Trainer
-from dancegrpo_fast.verification import STOCK
 
 CASES: list[Case] = [
     case

@@ -17,10 +17,10 @@ import torch
 from conformance import CPU, Case
 
 from dancegrpo_fast.config import RunConfig, load_config
+from dancegrpo_fast.report.verification import TWIN
 from dancegrpo_fast.rewards import REWARDS
 from dancegrpo_fast.rewards.loading import arguments
 from dancegrpo_fast.trainer import Trainer
-from dancegrpo_fast.verification import TWIN
 
 HERE = Path(__file__).parent
 RECIPES = sorted((HERE.parents[1] / "recipes").glob("*.yaml"))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from dancegrpo_fast.config import RolloutConfig, TreeConfig
 from dancegrpo_fast.ops.noise import NoiseKey, randint
 from dancegrpo_fast.schedules import Schedule
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 
 def window_start(config: RolloutConfig, iteration: int, key: NoiseKey) -> int:

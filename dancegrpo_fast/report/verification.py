@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILE = Path("benchmarks/results/verification.jsonl")  # Below the root of a checkout.
 
 TWIN, STOCK, REAL = "tiny twin", "stock pipeline", "real weights"

@@ -19,11 +19,11 @@ from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.models import Conditions, Family
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.world import World
-from dancegrpo_fast.pool import PartScoring
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.report.statistics import reward_metrics
 from dancegrpo_fast.rewards import Reward
 from dancegrpo_fast.rewards.scoring import score_latents
+from dancegrpo_fast.sampling.pool import PartScoring
 from dancegrpo_fast.search import (
     Found,
     Sampler,
@@ -33,7 +33,7 @@ from dancegrpo_fast.search import (
     training_trees,
 )
 from dancegrpo_fast.trajectories import Trajectories
-from dancegrpo_fast.tree import ROOT_STEP, TreePlan, path_key
+from dancegrpo_fast.trees.tree import ROOT_STEP, TreePlan, path_key
 
 
 def searches(config: RunConfig) -> bool:

@@ -8,17 +8,17 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from dancegrpo_fast.candidates import walk
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.models import Conditions, Family
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.parallel.engine import Engine
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.rollout import draw_trees, forwards_per_step, held_states, steps_kept
-from dancegrpo_fast.searching import SearchScoring, draw_searches, searches
+from dancegrpo_fast.sampling.searching import SearchScoring, draw_searches, searches
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.candidates import walk
+from dancegrpo_fast.trees.tree import TreePlan
 
 
 def draw_part(

@@ -10,7 +10,7 @@ from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.ops.noise import NoiseKey, permutation
 from dancegrpo_fast.schedules import Schedule
 from dancegrpo_fast.transitions import transition
-from dancegrpo_fast.tree import TreePlan
+from dancegrpo_fast.trees.tree import TreePlan
 
 _OF_SAMPLES, _OF_GROUPS = 1, 2  # Domains below the selection key; 0 is batching's.
 

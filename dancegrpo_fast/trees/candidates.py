@@ -18,7 +18,7 @@ import numpy as np
 
 from dancegrpo_fast.config import RolloutConfig
 from dancegrpo_fast.schedules import Schedule
-from dancegrpo_fast.tree import ROOT_STEP, State, TreePlan
+from dancegrpo_fast.trees.tree import ROOT_STEP, State, TreePlan
 
 
 def visited(rollout: RolloutConfig, schedule: Schedule) -> TreePlan:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.ops.noise import NoiseKey, randint
 from dancegrpo_fast.schedules import Schedule
-from dancegrpo_fast.tree import State, TreePlan, independent_roots
+from dancegrpo_fast.trees.tree import State, TreePlan, independent_roots
 
 
 def chains(config: RunConfig, schedule: Schedule, iteration: int, key: NoiseKey) -> TreePlan:
