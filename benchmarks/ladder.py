@@ -24,10 +24,10 @@ import torch
 from counted import Counts, counting, timing_fused
 from random_models import SIZES, random_trainer, resized
 
-from dancegrpo_fast import drawing
 from dancegrpo_fast.batching import Call, Item, Update
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.parallel.world import World
+from dancegrpo_fast.sampling import drawing
 from dancegrpo_fast.trainer import Trainer
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.trees.tree import TreePlan

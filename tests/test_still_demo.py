@@ -145,7 +145,7 @@ def test_it_draws_as_well_as_its_record_says_and_leaves_room(pipe: StableDiffusi
     images = torch.cat([draw(pipe, prompts, noise(seed, len(prompts))) for seed in (0, 1)])
     found = float(REWARD(images, [*prompts, *prompts]).mean())
     assert found == pytest.approx(float(record[1]), abs=2e-3)
-    assert 0.6 < found < 0.85
+    assert 0.6 < found < 0.93  # True images: 0.97.
     others = [*prompts[7:], *prompts[:7]] * 2  # The words matter.
     assert found > float(REWARD(images, others).mean()) + 0.15
 

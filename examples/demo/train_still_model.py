@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--vae-steps", type=int, default=1500, help="VAE optimizer steps")
     parser.add_argument("--images", type=int, default=8192, help="images encoded for training")
-    parser.add_argument("--steps", type=int, default=2000, help="UNet optimizer steps")
+    parser.add_argument("--steps", type=int, default=1400, help="UNet optimizer steps")
     parser.add_argument("--batch", type=int, default=64, help="latents per UNet step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
