@@ -103,6 +103,10 @@ DEMO: dict[str, tuple[str, ...]] = {
         "noise_scale: 4.0}",
         "advantage.credit=depth",
     ),
+    "Greedy search": (
+        "rollout.tree={kind: search, trunks: 2, branches: 4, branch_steps: [0, 2, 4, 6]}",
+        "advantage.credit=siblings",
+    ),
     "DiffusionNFT": (
         "rollout.noise_level=0", CHAINS, "loss.kind=nft", "loss.timestep_fraction=0.3",
     ),

@@ -107,9 +107,11 @@ class Run:
 
     @property
     def scored(self) -> int:
-        """Samples decoded and scored so far."""
+        """Samples decoded and scored so far; of a search its previews, and what it found."""
         config = self.trainer.config
-        samples = config.data.prompts_per_iteration * config.rollout.group_size
+        rollout = config.rollout
+        found = rollout.tree.trunks if rollout.tree.kind == "search" else 0
+        samples = config.data.prompts_per_iteration * (rollout.group_size + found)
         return self.trainer.done * samples
 
     def iterations(self, budget: float) -> Iterator[int]:

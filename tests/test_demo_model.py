@@ -123,10 +123,10 @@ def test_it_draws_the_prompt_and_leaves_room_to_improve(pipe: WanPipeline) -> No
 
 
 def test_the_soft_reward_ranks_samples_as_the_hard_one_does(pipe: WanPipeline) -> None:
-    """0.967 on 128 samples of the recipe's evaluation; 64 leave it a standard error of 0.01."""
+    """0.946 on 128 samples of the recipe's evaluation; 64 leave it a standard error of 0.013."""
     prompts = shapes.split_prompts()[1]
     clips = draw(pipe, prompts, seed=100)
     hard, soft = MovingShape().parts(clips, prompts), soft_shape.SoftShape().parts(clips, prompts)
-    assert torch.corrcoef(torch.stack([hard.mean(1), soft.mean(1)]))[0, 1] > 0.92
-    for part in range(3):  # Measured: 0.94, 0.97, 0.96.
+    assert torch.corrcoef(torch.stack([hard.mean(1), soft.mean(1)]))[0, 1] > 0.9
+    for part in range(3):  # Measured: 0.94, 0.93, 0.96.
         assert torch.corrcoef(torch.stack([hard[:, part], soft[:, part]]))[0, 1] > 0.85
