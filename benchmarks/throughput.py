@@ -10,16 +10,20 @@ The ladder begins at the call pattern of public code (ladder.py) and adds one le
 each lever also stands alone. All rungs draw the same samples and make the same update: before any
 time is printed, samples, loss and gradient norm of the first iteration are compared (1e-4).
 "Predicted" is counts of network calls times the time of such a call, measured alone after the
-rounds: what the sum misses are latents, noise, losses, the optimizer and Python.
+rounds: what the sum misses are latents, noise, losses, the optimizer and Python. On a CPU all times
+are CPU seconds of one thread: what else the machine does is none of the iteration's.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timing
+import torch
 from ladder import LEVERS, MODELS, PUBLIC, TREE, WINDOW, ladder
 from measuring import measure
 from scaling import draw, scaling
@@ -78,15 +82,19 @@ def main() -> None:
     environment = timing.environment(args.device)
     print(timing.headline(environment))
     results: list[dict[str, Any]] = []
-    for name in names:
-        started = time.perf_counter()
-        if args.scaling:
-            results.append(scaling(name, args.rounds))
-        elif args.slices:
-            results.append(compared(name, args.rounds))
-        else:
-            results += _ladders(name, args)
-        print(f"{time.perf_counter() - started:.0f} s")
+    if not cuda:
+        torch.set_num_threads(1)
+    clock = mock.patch.object(time, "perf_counter", time.process_time)
+    with nullcontext() if cuda else clock:
+        for name in names:
+            started = time.perf_counter()
+            if args.scaling:
+                results.append(scaling(name, args.rounds))
+            elif args.slices:
+                results.append(compared(name, args.rounds))
+            else:
+                results += _ladders(name, args)
+            print(f"{time.perf_counter() - started:.0f} s")
     if args.figure:
         draw(results, args.figure)
     timing.write_json(args.json, {"environment": environment, "results": results})
