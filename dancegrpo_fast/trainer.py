@@ -123,7 +123,9 @@ class Trainer:
             metrics = self.update(updates, drawn, conditions, advantages, prompts)
 
         self.done += 1
-        silent = (advantages.valid.sum(axis=1) > 1) & ~advantages.values.any(axis=(1, 2))
+        credited = self.edge_values(plan, rewards)  # Samples of other states may well differ.
+        values = advantages.values if credited is None else credited
+        silent = (advantages.valid.sum(axis=1) > 1) & ~values.any(axis=(1, 2))
         skipped = self.draws.finish(silent.tolist())
         names = [reward.name for reward in self.rewards]
         told = reward_metrics(rewards, self.reward_weights, names, advantages)
@@ -248,6 +250,13 @@ class Trainer:
         )
         return self.family.decode(samples)
 
+    def edge_values(self, plan: TreePlan, rewards: np.ndarray) -> np.ndarray | None:
+        """[P, states, C] advantages of edges, by a rule that credits these; None: leaves have them."""
+        rule = self.config.advantage
+        if rule.credit == "leaf":
+            return None
+        return edge_advantages(plan, rewards, self.reward_weights, rule)[0]
+
     def schedule_updates(
         self,
         plan: TreePlan,
@@ -261,9 +270,6 @@ class Trainer:
             return self.updater.schedule(plan, advantages.valid, self.owner, kinds)
         plan = self.updater.trained(plan)
         selected, owner = pool.selection(config, self.owner, advantages)
-        edge_values, rule = None, config.advantage
-        if rule.credit != "leaf":
-            edge_values, _ = edge_advantages(plan, rewards, self.reward_weights, rule)
         return build_updates(
             plan,
             advantages,
@@ -278,7 +284,7 @@ class Trainer:
             timesteps=config.loss.timesteps,
             timestep_scope=config.loss.timestep_scope,
             micro_batch_size=config.loss.micro_batch_size,
-            edge_values=edge_values,
+            edge_values=self.edge_values(plan, rewards),
             edge_weights=edge_weights(plan, self.family.grid.schedule(config.rollout), config),
             kinds=kinds,
         )

@@ -49,6 +49,17 @@ class Counting(Bright):
         return values.masked_fill(torch.tensor(failed), torch.nan)
 
 
+class Levels(Bright):
+    """The number of the call: equal for the candidates of a state, another at each step."""
+
+    name = "levels"
+    calls = 0
+
+    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
+        type(self).calls += 1
+        return torch.full((len(videos),), float(self.calls))
+
+
 class Remote(Bright):
     """A reward that says it waits for a server."""
 
@@ -277,6 +288,15 @@ def test_a_group_that_failed_does_not_end_the_run(tmp_path, tiny_wan_folder):
     metrics = trainer.iteration()
     assert metrics["reward/failed"] == pytest.approx(3 / 24)
     assert metrics["update/grad_norm"] > 0 and metrics["update/skipped"] == 0
+
+
+def test_groups_without_a_spread_leave_their_prompt_out(tmp_path, tiny_wan_folder):
+    """Though previews of its two steps differ."""
+    changes = {"data.skip_zero_variance": 1, "data.prompts_per_iteration": 1}
+    changes["rollout.batch_size"] = 16  # One call at each step.
+    trainer = Trainer(made(tmp_path, tiny_wan_folder, "Levels", **changes), CPU)
+    metrics = trainer.iteration()
+    assert metrics["reward/zero_variance"] == 1.0 and metrics["data/skipped"] == 0.5
 
 
 def test_a_prompt_that_failed_does_not_end_the_run(tmp_path, tiny_wan_folder):
