@@ -33,7 +33,9 @@ from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.trees.tree import TreePlan
 
 HERE = Path(__file__)
-CLOSE = 1e-4  # Of samples, loss and gradient norm between rungs.
+# Of (samples, loss and gradient norm) between rungs, whose batches may round otherwise. In bfloat16
+# small_flux differs from itself in float32 by 0.27 and 0.02; samples of other noise differ by 1.4.
+CLOSE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.5, 0.05)}
 
 
 @dataclass(frozen=True)
@@ -296,20 +298,36 @@ def unshared(update: Update, plan: TreePlan, size: int) -> Update:
     return Update(tuple(calls), update.divisor, update.modules)
 
 
-def gate(subjects: Sequence[Subject]) -> list[str]:
-    """First iterations of all rungs, compared, and one counted; returns what was compared."""
+def begin(subjects: Sequence[Subject]) -> None:
+    """First iterations, of which one is counted."""
     for subject in subjects:
         cuda = subject.trainer.world.device.type == "cuda"
         subject.iteration(count=not cuda)
         if cuda:  # The first one also compiles kernels and tries which are fastest.
             subject.iteration(count=True)
-    first, worst = subjects[0].found, 0.0
-    for other in (s.found for s in subjects[1:]):
-        scale = first["samples"].abs().mean()
-        worst = max(worst, float((other["samples"] - first["samples"]).abs().max() / scale))
-        apart = abs(other["norm"] - first["norm"]) / first["norm"]
+
+
+def agreement(found: Sequence[dict[str, Any]], dtype: torch.dtype) -> list[str]:
+    """What all rungs found in their first iterations, compared; returns what was.
+
+    Raises:
+        SystemExit: They differ by more than the rounding of `dtype`.
+    """
+    first = found[0]
+    samples, others = [0.0], [0.0]
+    for other in found[1:]:
+        gap = (other["samples"] - first["samples"]).norm() / first["samples"].norm()
+        samples.append(float(gap))
+        others.append(abs(other["norm"] - first["norm"]) / first["norm"])
         # With ratio 1 and normalised advantages the loss is near 0: of it the difference counts.
-        worst = max(worst, apart, abs(other["loss"] - first["loss"]))
-    if not worst <= CLOSE:
-        raise SystemExit(f"the rungs disagree by {worst:.1e}: nothing is timed")
-    return [f"samples, loss and gradient norm of all rungs agree within {worst:.1e}"]
+        others.append(abs(other["loss"] - first["loss"]))
+    worst = float(np.max(samples)), float(np.max(others))  # NaN if any is.
+    if not (worst[0] <= CLOSE[dtype][0] and worst[1] <= CLOSE[dtype][1]):
+        raise SystemExit(
+            f"the rungs disagree by {worst[0]:.1e} (samples) and {worst[1]:.1e} (loss, gradient "
+            "norm): no time is printed"
+        )
+    return [
+        f"samples of all rungs agree within {worst[0]:.1e}, loss and gradient norm within "
+        f"{worst[1]:.1e}"
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import timing
 import torch
-from ladder import Rung, Subject, gate
+from ladder import Rung, Subject, agreement, begin
 from torch import Tensor
 
 from dancegrpo_fast.models import Conditions
@@ -69,23 +70,39 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(name: str, rungs: Sequence[Rung], rounds: int, **rollout: Any) -> dict[str, Any]:
-    """The table of a model."""
+    """The table of a model; no time is in it where the rungs disagree."""
     world = World.from_environment()
-    device = world.device
-    with tempfile.TemporaryDirectory() as folder:
-        subjects = [Subject(name, rung, Path(folder), world, **rollout) for rung in rungs]
-        agreed = gate(subjects)
-        for turn in range(rounds):
-            for subject in subjects[turn % len(subjects) :] + subjects[: turn % len(subjects)]:
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                subject.iteration()
-                if device.type == "cuda":
-                    subject.seconds[-1]["peak"] = float(torch.cuda.max_memory_allocated())
-        best = peak(device, subjects[0].trainer.family.dtype)
-        rows = [_row(subject, best) for subject in subjects]
+    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    best, dtype = 0.0, torch.float32
+    # Rungs take turns on a CPU, which has other work too; a GPU holds one network of a real size.
+    groups = [[rung] for rung in rungs] if world.device.type == "cuda" else [rungs]
+    for group in groups:
+        with tempfile.TemporaryDirectory() as folder:
+            subjects = [Subject(name, rung, Path(folder), world, **rollout) for rung in group]
+            _run(subjects, rounds)
+            dtype = subjects[0].trainer.family.dtype
+            best = best or peak(world.device, dtype)
+            rows += [_row(subject, best) for subject in subjects]
+            found += [subject.found for subject in subjects]
+            del subjects
+            gc.collect()  # A subject and its hooks hold each other.
+    agreed = agreement(found, dtype)
     return {"model": name, "rollout": rollout, "agreement": agreed, "peak_flops": best,
             "rows": rows}  # fmt: skip
+
+
+def _run(subjects: Sequence[Subject], rounds: int) -> None:
+    """The first iterations, then the timed ones by turns."""
+    begin(subjects)
+    for turn in range(rounds):
+        for subject in [*subjects[turn % len(subjects) :], *subjects[: turn % len(subjects)]]:
+            cuda = subject.trainer.world.device.type == "cuda"
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            subject.iteration()
+            if cuda:
+                subject.seconds[-1]["peak"] = float(torch.cuda.max_memory_allocated())
 
 
 def _row(subject: Subject, best: float) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "scaling"  # The same file from the same numbers.
     figure, panels = pyplot.subplots(1, len(AXES), figsize=(11, 3), layout="constrained")
-    colours = ("#b5472f", "#2f6f9f")
-    for result, colour in zip(results, colours, strict=False):
+    for number, result in enumerate(results):
+        colour = f"C{number}"
         for axis, panel in zip(AXES, panels, strict=True):
             points = [point for point in result["points"] if point["axis"] == axis]
             if not points:

@@ -10,6 +10,7 @@ not fit or is refused is listed with its reason. Prints the settings from fastes
 
 from __future__ import annotations
 
+import gc
 import itertools
 import tempfile
 from dataclasses import replace
@@ -41,6 +42,8 @@ def main() -> None:
     )
     world, rows, refused, first = World.from_environment(), [], [], None
     for attention, checkpointing, compiled, batch in grid:
+        subject = None
+        gc.collect()  # A subject and its hooks hold each other.
         setting = f"attention {attention}, {checkpointing}, compile {compiled}, batch {batch}"
         rung = replace(OURS, name=setting, checkpointing=checkpointing, compile=compiled)
         model = MODELS[name] | {"batch": batch, "attention": attention}

@@ -8,7 +8,8 @@
 
 The ladder begins at the call pattern of public code (ladder.py) and adds one lever after the other;
 each lever also stands alone. All rungs draw the same samples and make the same update: before any
-time is printed, samples, loss and gradient norm of the first iteration are compared (1e-4).
+time is printed, samples, loss and gradient norm of the first iteration are compared (1e-4 in
+float32; in bfloat16 by what it rounds). On a GPU one rung after the other is in memory.
 "Predicted" is counts of network calls times the time of such a call, measured alone after the
 rounds: what the sum misses are latents, noise, losses, the optimizer and Python. On a CPU all times
 are CPU seconds of one thread: what else the machine does is none of the iteration's.

@@ -43,7 +43,7 @@ class HeldOut:
         self.prompts: tuple[Prompt, ...] = ()
         self.base: Evaluation | None = None
         if config.evaluation.prompts:
-            self.set = PromptSet.load(config.evaluation.prompts, field="evaluation.prompts")
+            self.set = PromptSet.held_out(config)
             self.prompts = self.set.prompts
 
     def check(self, trainer: Trainer) -> None:

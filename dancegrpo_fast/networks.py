@@ -30,6 +30,12 @@ def check(config: RunConfig, family: Family, world: World) -> None:
     parallel = config.parallel
     if parallel.compile == "graphs":
         check_graphs(parallel, world)
+    if config.loss.reuse_forwards and world.size > 1 and parallel.engine != "ddp":
+        raise UserError(
+            "loss.reuse_forwards = true: verified with one process and with parallel.engine = ddp, "
+            f"not with {parallel.engine} on {world.size} processes; use ddp where the network "
+            "fits, or leave it at false"
+        )
     tokens = math.prod(
         size // patch
         for size, patch in zip(family.latent_shape[1:], family.token_patch(), strict=True)

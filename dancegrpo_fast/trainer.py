@@ -123,7 +123,8 @@ class Trainer:
             metrics = self.update(updates, drawn, conditions, advantages, prompts)
 
         self.done += 1
-        credited = self.edge_values(plan, rewards)  # Samples of other states may well differ.
+        credited = self.edge_values(plan, rewards) if self.draws.epochs else None
+        # Where edges are credited, samples may differ and those that are compared be equal.
         values = advantages.values if credited is None else credited
         silent = (advantages.valid.sum(axis=1) > 1) & ~values.any(axis=(1, 2))
         skipped = self.draws.finish(silent.tolist())
@@ -251,7 +252,7 @@ class Trainer:
         return self.family.decode(samples)
 
     def edge_values(self, plan: TreePlan, rewards: np.ndarray) -> np.ndarray | None:
-        """[P, states, C] advantages of edges, by a rule that credits these; None: leaves have them."""
+        """[P, states, C] advantages where a rule credits edges; None where samples have them."""
         rule = self.config.advantage
         if rule.credit == "leaf":
             return None

@@ -113,6 +113,12 @@ def test_cps_level_is_an_angle(recipe):
             "loss.timestep_fraction = 0.5: has no effect beside a list of timesteps; set it to 1",
         ),
         (
+            [*TRUNK, "rollout.tree.branches=4", "rollout.tree.branch_steps=[0, 2, 8]",
+             "rollout.group_size=12", "loss.timestep_fraction=0.5"],
+            "loss.timestep_fraction = 0.5: of kind trunk_with_branches each sample has one trained "
+            "step; use 1, or loss.timestep_scope = group",
+        ),
+        (
             ["model.family=sd", "rollout.dynamics=ddim", *WINDOW,
              "rollout.tree={kind: window, window_size: 2, flash: 0.5}"],
             "rollout.tree.flash = 0.5: DPM-Solver++ is written for a flow's velocity here; with "
@@ -137,6 +143,8 @@ def test_algorithm_settings_that_make_no_sense_together(recipe, overrides, expec
          "model.fps = 8: has no effect with model.frames = 1, which draws images; use null"),
         (["data.column=caption"], "data.column = 'caption': has no effect with a text file, a "
          "prompt a line; leave it out"),
+        (["data.prompts=P.TXT", "data.column=caption"], "data.column = 'caption': has no effect "
+         "with a text file, a prompt a line; leave it out"),
         (["evaluation.seeds=4"], "evaluation.seeds = 4: has no effect without evaluation.prompts; "
          "name a file of held-out prompts, or leave this at 2"),
         (["loss.kl=x"], "loss.kl = 'x': has no effect with loss.kl_weight = 0.0; set that to a "

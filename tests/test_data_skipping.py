@@ -25,6 +25,17 @@ class Bright:
         return scores
 
 
+class Levels:
+    """The number of the call: equal for the candidates of a state, another at each step."""
+
+    name = "levels"
+    calls = 0
+
+    def __call__(self, videos: Tensor, prompts: list[str]) -> Tensor:
+        type(self).calls += 1
+        return torch.full((len(videos),), float(self.calls))
+
+
 def config(folder, model, **changes):
     run = tiny_config(folder, model, {
         "data.skip_zero_variance": 1, "data.prompts_per_iteration": 1, "iterations": 9,
@@ -80,3 +91,16 @@ def test_failed_groups_and_other_scopes(tmp_path, tiny_wan_folder, scope, monkey
     trainer.iteration()
     place = PROMPTS[2:].index("a plain green square")
     assert trainer.draws.until == ({place: 2} if scope == "group" else {})
+
+
+def test_candidates_of_a_search_are_compared_with_their_own_state(tmp_path, tiny_wan_folder):
+    """Previews of other steps differ, and yet nothing is learned."""
+    torch.set_num_threads(1)
+    changes = {
+        "rewards": [{"name": f"{__file__}:Levels"}], "rollout.group_size": 6,
+        "rollout.tree": {"kind": "search", "branches": 3, "branch_steps": [0, 2]},
+        "advantage.credit": "siblings",
+    }  # fmt: skip
+    trainer = Trainer(config(tmp_path, tiny_wan_folder, **changes), CPU)
+    metrics = trainer.iteration()
+    assert metrics["reward/zero_variance"] == 1.0 and len(trainer.draws.until) == 1

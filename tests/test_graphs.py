@@ -113,6 +113,22 @@ def test_right_replays_pass():
         network(hidden_states=torch.randn(3, 4))
 
 
+@torch.no_grad()
+def test_a_sample_that_failed_is_no_difference():
+    """The plain forward is NaN there, too; a NaN of the replay alone is one."""
+    network, graphs = Network("eager"), Graphs()
+    graphs.watch(network, torch.float32)
+    inputs = torch.randn(3, 4)
+    inputs[1] = torch.nan
+    network(hidden_states=inputs)
+    network(hidden_states=torch.full((3, 4), torch.nan))
+    network, graphs = Network(replaying(1, of="inputs")), Graphs()
+    graphs.watch(network, torch.float32)
+    network.block(inputs)
+    with pytest.raises(UserError, match="differs"):
+        network(hidden_states=torch.randn(3, 4))
+
+
 class HandsOverItsBuffer(torch.autograd.Function):
     """x * weight, whose gradient of the weight stands in the same memory every time."""
 

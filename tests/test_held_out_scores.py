@@ -234,3 +234,14 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path, tiny_wan_f
     lines = read_metrics(Path(config.output) / "metrics.jsonl")
     evaluated = [line["iteration"] for line in lines if "evaluation/reward" in line]
     assert evaluated == [0, 1, 2]
+
+
+def test_held_out_prompts_have_the_column_of_the_training_ones(tmp_path, tiny_wan_folder):
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.csv").write_text(f"caption,prompt\n{name},no\n")
+    changes = {
+        "data.prompts": str(tmp_path / "train.csv"), "data.column": "caption",
+        "evaluation.prompts": str(tmp_path / "held_out.csv"),
+    }  # fmt: skip
+    found = HeldOut(tiny_config(tmp_path, tiny_wan_folder, changes)).prompts
+    assert [prompt.text for prompt in found] == ["held_out"]

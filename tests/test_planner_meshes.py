@@ -46,6 +46,19 @@ def test_exchanges_of_sequence_parallelism(tmp_path, model):
     assert rollout.between == update.between == 0
 
 
+def test_reused_forwards_exchange_tensor_by_tensor(tmp_path, model):
+    """The same bytes as DDP's one bucket; one collective more says which tensors are used."""
+    changes = {"parallel.engine": "ddp", "rollout.batch_size": 2, "loss.micro_batch_size": 2}
+    found = []
+    for reuse in (False, True):
+        changes["loss.reuse_forwards"] = reuse
+        planner = planner_of(tiny_config(tmp_path, model, changes))
+        found.append(planner.estimate(Hardware(2)).received["train"])
+    tensors = len(list(planner.networks._make("transformer").parameters()))
+    assert found[0].collectives == 1 and found[1].collectives == tensors + 1
+    assert found[0].inside == found[1].inside
+
+
 # ---- meshes and the command ----------------------------------------------------------------------
 
 
@@ -68,6 +81,35 @@ def test_the_recommended_mesh_fits_and_is_the_fastest(tmp_path, model):
     tight = planner.recommend(small)
     assert tight is not None and tight[0].fits(small) and tight[0].total >= best.total
     assert planner.recommend(Hardware(4, machine=2, memory=1e3)) is None
+
+
+def test_zero_steps_its_own_slice(tmp_path, model):
+    """The plain optimizer's temporary copy: of a process's slice, and none where the host steps."""
+    for stage in (1, 2, 3):
+        rows = {}
+        for host in (False, True):
+            changes = {"parallel.engine": "deepspeed", "parallel.zero_stage": stage,
+                       "parallel.offload_optimizer": host}  # fmt: skip
+            planner = planner_of(tiny_config(tmp_path, model, changes))
+            rows[host] = planner.estimate(Hardware(4)).memory.phases["step"]
+        trained = planner.networks.networks["transformer"].elements(trained=True)
+        assert rows[False]["temporary"] == 4 * trained / 4
+        assert "temporary" not in rows[True]
+
+
+def test_a_search_decodes_and_scores_beside_the_gathered_networks(tmp_path, model):
+    search = {"rollout.tree.kind": "search", "rollout.tree.branches": 3,
+              "rollout.tree.branch_steps": [0], "rollout.group_size": 3,
+              "advantage.credit": "siblings", "data.prompts_per_iteration": 2}  # fmt: skip
+    hardware, plain = Hardware(2), {"data.prompts_per_iteration": 2}
+    rows = {}
+    for name, changes in (("search", search), ("plain", plain)):
+        planner = planner_of(tiny_config(tmp_path, model, changes))
+        rows[name] = planner.estimate(hardware).memory.phases
+    whole = rows["search"]["rollout"].keys() - {"activations"}
+    assert whole - rows["plain"]["score"].keys(), "nothing that only a rollout holds"
+    assert rows["search"]["score"].keys() >= whole and rows["search"]["decode"].keys() >= whole
+    assert rows["search"]["rollout"]["VAE"] == rows["search"]["decode"]["VAE"]
 
 
 def test_meshes_use_all_gpus():
@@ -123,6 +165,24 @@ def test_the_largest_batches_fit_and_larger_ones_do_not(tmp_path, model):
         assert largest_batches(planner, planner.estimate(none), none)[field] == 0
     # 5 frames of 16 x 16 are latents of 3 x 4 x 4, tokens of 1 x 2 x 2.
     assert image_tokens(planner.family) == 12
+
+
+def test_batches_that_must_be_equal_are_found_together(tmp_path, model):
+    """`loss.reuse_forwards`: whoever pastes both lines gets a recipe that is accepted."""
+    changes = {"loss.reuse_forwards": True, "rollout.batch_size": 2, "loss.micro_batch_size": 2}
+    planner = planner_of(tiny_config(tmp_path, model, changes))
+    hardware = Hardware(1)
+    found = largest_batches(planner, planner.estimate(hardware), hardware)
+    assert found == dict.fromkeys(FIELDS, 8)
+    tiny_config(tmp_path, model, changes | found)
+
+
+def test_no_mesh_is_recommended_that_graphs_are_refused_on(tmp_path, model):
+    planner = planner_of(tiny_config(tmp_path, model, {"parallel.compile": "graphs"}))
+    kinds = {e.config.parallel.checkpointing for e in planner._candidates(Hardware(1))}
+    assert kinds == {"none"}, "a start with another would be refused"
+    with pytest.raises(UserError, match="parallel.compile = 'graphs': not verified on several"):
+        planner.estimate(Hardware(2))
 
 
 def test_the_command(tmp_path, model, capsys):

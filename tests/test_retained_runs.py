@@ -19,6 +19,7 @@ from dancegrpo_fast.checkpoint import weights_hash
 from dancegrpo_fast.config import ParallelConfig, RunConfig, UserError
 from dancegrpo_fast.losses.gate import RatioGateError
 from dancegrpo_fast.models import open_family
+from dancegrpo_fast.networks import check
 from dancegrpo_fast.parallel.world import World, leave
 from dancegrpo_fast.planner import Hardware, Planner
 from dancegrpo_fast.planner.tracing import ATTENTION_FLOPS
@@ -345,6 +346,14 @@ def test_forwards_that_one_process_alone_makes_again_ask_the_other_nothing(two):
     assert norms[0][1] == pytest.approx(norms[0][0], rel=1e-4)
     for key, weight in two[0][FAILED][1]["weights"].items():
         assert torch.equal(weight, two[1][FAILED][1]["weights"][key])
+
+
+def test_an_engine_is_refused_before_anything_is_loaded(tmp_path, tiny_wan_folder):
+    config = tiny_config(tmp_path, tiny_wan_folder, REUSE)
+    family = open_family(config.model)
+    check(config, family, CPU)
+    with pytest.raises(UserError, match="not with fsdp on 2 processes"):
+        check(config, family, World(0, 2, torch.device("cpu")))
 
 
 def test_engines_that_were_not_verified_are_refused(two):

@@ -49,17 +49,6 @@ class Counting(Bright):
         return values.masked_fill(torch.tensor(failed), torch.nan)
 
 
-class Levels(Bright):
-    """The number of the call: equal for the candidates of a state, another at each step."""
-
-    name = "levels"
-    calls = 0
-
-    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
-        type(self).calls += 1
-        return torch.full((len(videos),), float(self.calls))
-
-
 class Remote(Bright):
     """A reward that says it waits for a server."""
 
@@ -184,6 +173,18 @@ def test_calls_are_those_that_are_planned(tmp_path, tiny_wan_folder, capsys, fin
     assert any("24 previews, which are trained on, and 4 finished samples" in x for x in said)
 
 
+@pytest.mark.parametrize("steps", [[0, 2], [1, 2]])
+def test_latents_that_wait_are_those_that_are_planned(tmp_path, tiny_wan_folder, steps):
+    """Searched states and candidates; previews are gone. One that went on is one of these."""
+    config = made(tmp_path, tiny_wan_folder, **{f"{TREE}.branch_steps": steps})
+    trainer = Trainer(config, CPU)
+    _, _, drawn, _ = sampled(trainer)
+    work = work_of(config, trainer.family, 1)
+    assert work.stored == len({latents.data_ptr() for latents in drawn.latents.values()})
+    # While it is drawn all of them are on the device, where they wait for training or not.
+    assert work.level == work.stored + work.passing
+
+
 def test_calls_that_other_processes_need_are_made(tmp_path, tiny_wan_folder, monkeypatch):
     plain = sampled(Trainer(made(tmp_path, tiny_wan_folder), CPU))[3]
     trainer = Trainer(made(tmp_path, tiny_wan_folder), CPU)
@@ -290,15 +291,6 @@ def test_a_group_that_failed_does_not_end_the_run(tmp_path, tiny_wan_folder):
     assert metrics["update/grad_norm"] > 0 and metrics["update/skipped"] == 0
 
 
-def test_groups_without_a_spread_leave_their_prompt_out(tmp_path, tiny_wan_folder):
-    """Though previews of its two steps differ."""
-    changes = {"data.skip_zero_variance": 1, "data.prompts_per_iteration": 1}
-    changes["rollout.batch_size"] = 16  # One call at each step.
-    trainer = Trainer(made(tmp_path, tiny_wan_folder, "Levels", **changes), CPU)
-    metrics = trainer.iteration()
-    assert metrics["reward/zero_variance"] == 1.0 and metrics["data/skipped"] == 0.5
-
-
 def test_a_prompt_that_failed_does_not_end_the_run(tmp_path, tiny_wan_folder):
     changes = {"rewards": [{"name": f"{HERE.with_name('tiny_models.py')}:FailsOnFail"}]}
     config = made(tmp_path, tiny_wan_folder, **changes)
@@ -387,8 +379,8 @@ def test_the_ratio_gate_explains_a_gap_in_a_search(tmp_path, tiny_wan_folder):
          "ratio_norm = false"),
         (["loss.timesteps=[0]"], "loss.timesteps = [0]: kind search trains the steps of "
          "rollout.tree.branch_steps; use that"),
-        (["loss.timestep_fraction=0.5"], "loss.timestep_fraction = 0.5: each candidate has one "
-         "trained step; use 1, or loss.timestep_scope = group"),
+        (["loss.timestep_fraction=0.5"], "loss.timestep_fraction = 0.5: of kind search each "
+         "sample has one trained step; use 1, or loss.timestep_scope = group"),
         (["advantage.scope=batch"], "advantage.scope = 'batch': credit siblings normalises inside"),
         (["rollout.tree.noise_scale=2"], "rollout.tree.noise_scale = 2: has no effect with"),
         (["loss.kind=nft"], "rollout.tree.kind = 'search': loss.kind nft draws single chains"),

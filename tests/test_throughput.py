@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import counted
@@ -72,6 +73,32 @@ def test_every_kernel_of_ours_is_known_by_name():
     assert counted.FUSED.search("(anonymous namespace)::whole_kernel(void*)")
     others = ("vectorized_elementwise_kernel", "at::native::layer_norm_gradient_kernel<float>")
     assert not any(counted.FUSED.search(name) for name in others)
+
+
+@pytest.mark.parametrize("part", ["samples", "loss", "norm"])
+@pytest.mark.parametrize("wrong", [float("nan"), 3.0])
+def test_no_time_is_printed_where_rungs_disagree(part, wrong):
+    """Python's `max` passes over a NaN."""
+
+    def found(**changes: Any) -> dict[str, Any]:
+        return {"samples": torch.ones(2, 3), "loss": 0.0, "norm": 1.0} | changes
+
+    value = torch.full((2, 3), wrong) if part == "samples" else wrong
+    for dtype in ladder.CLOSE:
+        assert len(ladder.agreement([found(), found()], dtype)) == 1
+        for first, second in (({}, {part: value}), ({part: value}, {})):
+            with pytest.raises(SystemExit, match="disagree"):
+                ladder.agreement([found(**first), found(**second)], dtype)
+
+
+def test_a_figure_shows_every_model(tmp_path):
+    """`--scaling` on a GPU has four."""
+    point = {"value": 8, "planned_flops": 2.0, "seconds": 1.0}
+    points = [{"axis": axis, **point} for axis in scaling.AXES]
+    models = [f"model{n}" for n in range(4)]
+    scaling.draw([{"model": m, "rate": 2.0, "points": points} for m in models], tmp_path / "a.svg")
+    text = (tmp_path / "a.svg").read_text()
+    assert all(f"<!-- {model} -->" in text for model in models)
 
 
 def test_a_whole_is_composed_by_counts():

@@ -84,8 +84,7 @@ def recipe_prompts(config: RunConfig) -> list[Prompt]:
 
     prompts = list(PromptSet.of(config.data).prompts)
     if config.evaluation.prompts:
-        held_out = PromptSet.load(config.evaluation.prompts, field="evaluation.prompts")
-        prompts += held_out.prompts
+        prompts += PromptSet.held_out(config).prompts
     return prompts
 
 

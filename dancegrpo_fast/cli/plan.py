@@ -205,8 +205,11 @@ def cost_lines(plan: TreePlan, config: RunConfig) -> list[str]:
             f"decoded and scored: {len(plan.leaves) * prompts} previews, which are trained on, and "
             f"{config.rollout.tree.trunks * prompts} finished samples"
         )
+    each = "one backward each, of the rollout's forwards"
+    if not config.loss.reuse_forwards:
+        each = "one forward and backward each"
     lines.append(
-        "training: one forward and backward each, all trained steps, one update; "
+        f"training: {each}, all trained steps, one update; "
         "on several processes a state is evaluated by each process that holds it"
     )
     return lines

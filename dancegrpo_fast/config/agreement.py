@@ -56,6 +56,7 @@ class _Above0(tuple[str, ...]):
 _TREE = "rollout.tree"
 _WINDOWED = ("window", "branch_points")
 _BRANCHED = ("branch_points", "trunk_with_branches", "search")
+_ONE_STEP = ("trunk_with_branches", "search")  # Of each sample one is trained.
 _ORDERED = ("progressive", "decaying", "exponential")
 ONLY_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # setting, its selector, the choices that read it
@@ -260,9 +261,6 @@ def _search(get: Get) -> Iterator[Disagreement]:
     if get("loss.ratio_norm") and get("loss.old_log_prob") == "rollout":
         reason = "ratio_norm needs the rollout's outputs, which a search does not keep"
         yield "loss.old_log_prob", f"{reason}; use recompute, or ratio_norm = false"
-    if get("loss.timestep_fraction") < 1 and get("loss.timestep_scope") == "sample":
-        reason = "each candidate has one trained step"
-        yield "loss.timestep_fraction", f"{reason}; use 1, or loss.timestep_scope = group"
 
 
 def _updates(get: Get) -> Iterator[Disagreement]:
@@ -349,6 +347,9 @@ def _timesteps(get: Get) -> Iterator[Disagreement]:
         yield "loss.timesteps", "with timestep_fraction = 1 every step is used; lower that"
     elif whole and get("loss.timestep_scope") == "group":
         yield "loss.timestep_scope", "with timestep_fraction = 1 every step is used; lower that"
+    elif not whole and get(f"{_TREE}.kind") in _ONE_STEP and get("loss.timestep_scope") == "sample":
+        reason = f"of kind {get(f'{_TREE}.kind')} each sample has one trained step"
+        yield "loss.timestep_fraction", f"{reason}; use 1, or loss.timestep_scope = group"
     weights = get("loss.timestep_weights")
     if isinstance(weights, list) and len(weights) != n:
         yield "loss.timestep_weights", f"has {len(weights)} values: must be {n} ({scope})"

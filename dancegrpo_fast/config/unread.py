@@ -24,7 +24,7 @@ def data(get: Get) -> Iterator[Disagreement]:
     shortest, longest = get("data.min_length"), get("data.max_length")
     if shortest is not None and longest is not None and shortest > longest:
         yield "data.max_length", f"must be at least data.min_length = {shortest}, or null"
-    if get("data.column") != "prompt" and get("data.prompts").endswith(".txt"):
+    if get("data.column") != "prompt" and get("data.prompts").lower().endswith(".txt"):
         yield "data.column", "has no effect with a text file, a prompt a line; leave it out"
 
 

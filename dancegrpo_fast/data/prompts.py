@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dancegrpo_fast.config import DataConfig, UserError
+from dancegrpo_fast.config import DataConfig, RunConfig, UserError
 from dancegrpo_fast.data.files import Malformed, read_prompts
 from dancegrpo_fast.ops.noise import NoiseKey, permutation
 from dancegrpo_fast.prompt import Prompt
@@ -43,6 +43,13 @@ class PromptSet:
     ) -> PromptSet:
         """Everything that `files.read_prompts` finds; see there."""
         return cls(tuple(read_prompts(source, field=field, column=column, malformed=malformed)))
+
+    @classmethod
+    def held_out(cls, config: RunConfig) -> PromptSet:
+        """The recipe's held-out prompts; their file has the columns of the training one."""
+        source = config.evaluation.prompts
+        assert source is not None
+        return cls.load(source, field="evaluation.prompts", column=config.data.column)
 
     @classmethod
     def of(cls, config: DataConfig) -> PromptSet:

@@ -91,11 +91,6 @@ class Engine(ABC):
         """Add the loss's gradient to what this update has so far."""
         loss.backward()
 
-    @property
-    def reuses_forwards(self) -> bool:
-        """Whether forwards of `gathered` may be differentiated: `sum_gradients` completes them."""
-        return False
-
     def sum_gradients(self, name: str) -> None:
         """Sum over processes what backwards of forwards outside of `call` left here."""
         raise AssertionError(f"{type(self).__name__} does not reuse forwards")
@@ -164,6 +159,9 @@ class Replicated(Engine):
                     device_ids=[device] if device.type == "cuda" else None,
                     # Qwen-Image's last block computes text features that nothing reads.
                     find_unused_parameters=True,
+                    # Constant tables. In a forward that reused ones leave to one process alone
+                    # (`reused`: a row that is not finite) nobody would answer.
+                    broadcast_buffers=False,
                 )
                 wrapped.register_comm_hook(None, _sum_hook)
                 self._wrapped[name] = wrapped
@@ -188,10 +186,6 @@ class Replicated(Engine):
         super().clear(name)
         if self.graphs:
             self.graphs.cleared()
-
-    @property
-    def reuses_forwards(self) -> bool:
-        return self.graphs is None  # What a replay leaves is gone with the next.
 
     def sum_gradients(self, name: str) -> None:
         if self.world.size == 1:

@@ -7,7 +7,7 @@ never share a call: a call's tokens are its states times a constant, up to the t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.models import Family
@@ -25,26 +25,34 @@ FIELDS = {
 def largest_batches(planner: Planner, estimate: Estimate, hardware: Hardware) -> dict[str, int]:
     """The largest value of each field that fits, on an estimate's mesh; 0 if not even 1 does.
 
-    Each is found with the other as it is; no larger than what a process ever has at once.
+    Each is found with the other as it is, or together where they must be equal
+    (`loss.reuse_forwards`); no larger than what a process ever has at once.
     """
-    return {field: _of_field(planner, estimate, hardware, field) for field in FIELDS}
+    if estimate.config.loss.reuse_forwards:
+        return dict.fromkeys(FIELDS, _of_fields(planner, estimate, hardware, tuple(FIELDS)))
+    return {field: _of_fields(planner, estimate, hardware, (field,)) for field in FIELDS}
 
 
-def _of_field(planner: Planner, estimate: Estimate, hardware: Hardware, field: str) -> int:
-    section, name = field.split(".")
+def _of_fields(
+    planner: Planner, estimate: Estimate, hardware: Hardware, fields: Sequence[str]
+) -> int:
+    phases = [phase for field in fields for phase in FIELDS[field]]
 
     def with_size(size: int) -> RunConfig:
-        part = getattr(estimate.config, section).model_copy(update={name: size})
-        return estimate.config.model_copy(update={section: part})
+        config = estimate.config
+        for section, name in (field.split(".") for field in fields):
+            part = getattr(config, section).model_copy(update={name: size})
+            config = config.model_copy(update={section: part})
+        return config
 
     def fits(size: int) -> bool:
         changed = Planner(with_size(size), planner.family, planner.networks)
         memory = changed.estimate(hardware).memory
-        return all(memory.total(phase) <= hardware.usable for phase in FIELDS[field])
+        return all(memory.total(phase) <= hardware.usable for phase in phases)
 
     config = with_size(_ALL)
     work = work_of(config, planner.family, hardware.gpus, config.parallel.sp)
-    calls = [work.rollout] if section == "rollout" else work.training
+    calls = [work.rollout] if "rollout.batch_size" in fields else work.training
     return _largest(max(size for call in calls for sizes in call.values() for size in sizes), fits)
 
 

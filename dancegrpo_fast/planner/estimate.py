@@ -15,6 +15,7 @@ import torch
 from dancegrpo_fast import networks as networks_of_run
 from dancegrpo_fast.config import ParallelConfig, RunConfig, UserError
 from dancegrpo_fast.models import Family
+from dancegrpo_fast.parallel.graphs import check_graphs
 from dancegrpo_fast.parallel.world import World, weight_axes
 from dancegrpo_fast.planner.memory import Memory, memory_of
 from dancegrpo_fast.planner.network import Networks, known_family
@@ -110,7 +111,8 @@ class Planner:
 
         Raises:
             UserError: The mesh's axes do not multiply to the GPUs, the samples cannot be spread
-                over them, or the network cannot be split so.
+                over them, the network cannot be split so, or a setting of the recipe is not
+                for this mesh.
         """
         parallel = parallel or self.config.parallel
         config = self.config.model_copy(update={"parallel": parallel})
@@ -119,6 +121,8 @@ class Planner:
                 f"parallel.engine = {parallel.engine!r}: on several GPUs loss.reuse_forwards needs "
                 "ddp; change one of the two"
             )
+        if parallel.compile == "graphs":
+            check_graphs(parallel, World(0, hardware.gpus, torch.device("cuda")))
         copies, shards = weight_axes(parallel, hardware.gpus)
         if parallel.sp > 1:
             self._check_split(config, hardware.gpus)

@@ -103,11 +103,16 @@ def memory_of(
     batch = min(config.rollout.batch_size, work.samples)
     decoding = networks.decode(batch, cuda=cuda).forward_peak
     stepping["gradients"] = _gradients(config, networks, shards, processes)
-    if processes > 1 and parallel.engine == "deepspeed":  # Others' optimizer is fused.
-        stepping["temporary"] = float(trained_elements(networks, shards) * _MASTER)
+    zero = processes > 1 and parallel.engine == "deepspeed"
+    if zero and not parallel.offload_optimizer:  # Of its slice; others' optimizer is fused.
+        stepping["temporary"] = trained_elements(networks) * _MASTER / processes
+    rollout = drawing | _rollout(config, networks, work, sharded, latent, cuda)
+    if config.rollout.tree.kind == "search":  # It scores between its steps, networks gathered.
+        rollout["VAE"] = vae
+        scoring = scoring | {row: size for row, size in rollout.items() if row != "activations"}
     found.phases = {
         "embed": resident | {"encoders": encoders, "VAE": vae},
-        "rollout": drawing | _rollout(config, networks, work, sharded, latent, cuda),
+        "rollout": rollout,
         "decode": scoring | {"VAE": vae, "activations": decoding},
         "score": scoring | {"rewards on loan": brought, "pixels": float(batch * clip)},
         "train": during | _train(config, networks, work, found, shards, processes, latent, cuda),

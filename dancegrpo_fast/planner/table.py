@@ -83,7 +83,7 @@ def batch_lines(largest: Mapping[str, int], tokens: int | None) -> list[str]:
     for field, size in largest.items():
         of_tokens = "" if tokens is None else f", {size} x {tokens} image tokens a call"
         lines.append(f"  {field}={size}{of_tokens}" if size else f"  {field}: not even 1 fits")
-    return ["largest batches that fit there, each by itself:", *lines]
+    return ["largest batches that fit there (with loss.reuse_forwards both, else either):", *lines]
 
 
 def plan_values(estimate: Estimate, hardware: Hardware) -> dict[str, Any]:

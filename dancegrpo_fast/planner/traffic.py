@@ -188,7 +188,10 @@ def _ddp(
 ) -> tuple[Received, Received]:  # fmt: skip
     steps = sum(name in update for update in work.training)
     gradients = network.elements(trained=True) * _GRADIENT
-    return Received(), mesh.of_all(2 * gradients, -(-gradients // _DDP_BUCKET)) * steps
+    exchanges = -(-gradients // _DDP_BUCKET)
+    if work.graphs:  # `Engine.sum_gradients`: which tensors have a gradient, then each of them.
+        exchanges = 1 + sum(trained for group in network.groups for _, _, trained in group.shapes)
+    return Received(), mesh.of_all(2 * gradients, exchanges) * steps
 
 
 def _deepspeed(

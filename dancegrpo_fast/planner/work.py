@@ -40,7 +40,8 @@ class Work:
         stored: Latents that are kept to the end of the iteration.
         decoded: Latents that are kept while samples are decoded and scored.
         passing: Most latents that live besides the stored ones while a level is drawn.
-        level: Most latents of a level with its children; what passes where others are stored.
+        level: Most latents of a level with its children; what passes where others are stored. A
+            search stores none before its end: what is kept is counted, too.
         outputs: Model outputs that are kept for `loss.ratio_norm`.
         graphs: Batch sizes of the rollout's forwards whose graphs `loss.reuse_forwards` keeps;
             `training` is then those of them that have a trained state, and backwards only.
@@ -148,9 +149,10 @@ def _draws(
     rollout, batch_size = config.rollout, config.rollout.batch_size
     # Which reward of a user's waits is not known here; a number alone is no mistake then.
     asked = any((reward.path or "").startswith("http") for reward in config.rewards)
-    waiting = (asked or rollout.chunk is not None) and rollout.tree.kind != "search"
+    searching = rollout.tree.kind == "search"
+    waiting = (asked or rollout.chunk is not None) and not searching
     tables = [
-        (part, "samples" if rollout.redraw else "all")
+        (part, "samples" if rollout.redraw else "search" if searching else "all")
         for part in pool.chunks(rollout, owner, waiting=waiting)
     ]
     if rollout.redraw:
@@ -183,6 +185,8 @@ def _draw(
         state = place[1]
         kids = plan.children[state]
         trained = any(plan.states[s].trained for s in (state, *kids))
+        if keep == "search":  # Its leaves are previews, and finished samples to look at.
+            return trained
         return not kids or (trained and keep != "samples")
 
     forwards: dict[str, list[int]] = {}
@@ -195,10 +199,16 @@ def _draw(
         forwards.setdefault(name, []).extend(len(batch) for batch in batches)
         # A level and its children are alive, and what is kept of the levels before.
         level = len(levels[step]) + len(levels[step + 1])
+        if keep == "search":  # Outputs of a level wait for the scores of its previews.
+            kids = [c for _, s in levels[step] for c in plan.children[s]]
+            shown = sum(not plan.children[c] for c in kids)
+            level = 2 * len(levels[step]) + max(shown, len(kids) - shown)
         most, widest = max(most, before + level), max(widest, level)
         before += sum(map(kept, levels[step]))
     stored = [place for level in levels for place in level if kept(place)]
     sources = [s for level in levels for _, s in level if _trains(plan, s)]
+    if keep == "search":
+        widest = most
     return _Draw(forwards, agreed, len(stored), most, widest, len(sources), graphs)
 
 

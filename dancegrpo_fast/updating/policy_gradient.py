@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dancegrpo_fast.batching import Call, Update
-from dancegrpo_fast.config import RunConfig, UserError
+from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.losses.gate import (
     RatioGate,
     RatioGateError,
@@ -40,12 +40,6 @@ class Updater(Stepping):
     ) -> None:
         super().__init__(config, family, policy, engine, world)
         self.mode = old_log_prob_mode(config)
-        if config.loss.reuse_forwards and not engine.reuses_forwards:
-            raise UserError(
-                "loss.reuse_forwards = true: verified with one process and with "
-                f"parallel.engine = ddp, not with {config.parallel.engine} on {world.size} "
-                "processes; use ddp where the network fits, or leave it at false"
-            )
 
     @classmethod
     def check(cls, config: RunConfig, family: Family, rewards: Sequence[Reward]) -> None:
