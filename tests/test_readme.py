@@ -120,6 +120,18 @@ THROUGHPUT = {
         {"model": "wan", "points": []},
     ]
 }  # fmt: skip
+SHARING = {
+    "results": [
+        {
+            "model": "wan", "rollout": {"tree": {"kind": "window"}},
+            "rows": [
+                {"rung": "public pattern", "seconds": 4.0},
+                {"rung": "+ states shared in the rollout", "seconds": 3.0},
+                {"rung": "+ states shared in training", "seconds": 2.0},
+            ],
+        },
+    ]
+}  # fmt: skip
 FIGURES = [
     (readme.demo_reward, DEMO, ".750, 1.250 (base .500): gains of .250, .750 (2.0, 3.0 standard "),
     (readme.demo_diversity, DEMO, ".75, 1.25"),
@@ -140,6 +152,10 @@ FIGURES = [
         "; beam: .450 (80 evaluations, 8 scored)",
     ),
     (readme.throughput, THROUGHPUT, "wan, window: 3.0 times"),
+    (
+        readme.sharing, SHARING,
+        "wan, window: 2.00 times the public pattern, 1.50 times sharing in the rollout only",
+    ),
 ]  # fmt: skip
 
 
