@@ -149,7 +149,7 @@ class Trainer:
         """
         kept: Trajectories | None = None
         self.clip = None
-        kind = SearchScoring if searches(self.config) else pool.PartScoring
+        kind: type[pool.Scores] = SearchScoring if searches(self.config) else pool.PartScoring
         with kind(
             prompts, self.scorer, self.rewards, self.family, self.config, self.world
         ) as self.scoring:

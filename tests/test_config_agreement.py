@@ -141,10 +141,10 @@ def test_algorithm_settings_that_make_no_sense_together(recipe, overrides, expec
     [
         (["model.fps=8"],
          "model.fps = 8: has no effect with model.frames = 1, which draws images; use null"),
-        (["data.column=caption"], "data.column = 'caption': has no effect with a text file, a "
+        (["data.column=caption"], "data.column = 'caption': has no effect with text files, a "
          "prompt a line; leave it out"),
         (["data.prompts=P.TXT", "data.column=caption"], "data.column = 'caption': has no effect "
-         "with a text file, a prompt a line; leave it out"),
+         "with text files, a prompt a line; leave it out"),
         (["evaluation.seeds=4"], "evaluation.seeds = 4: has no effect without evaluation.prompts; "
          "name a file of held-out prompts, or leave this at 2"),
         (["loss.kl=x"], "loss.kl = 'x': has no effect with loss.kl_weight = 0.0; set that to a "
@@ -156,6 +156,11 @@ def test_algorithm_settings_that_make_no_sense_together(recipe, overrides, expec
 )  # fmt: skip
 def test_settings_that_nothing_reads_are_refused(recipe, overrides, expected):
     assert lines(recipe, overrides) == [f"override: {expected}"]
+
+
+def test_a_column_of_the_held_out_file_alone_is_read(recipe):
+    config = load_config(recipe, ["data.column=caption", "evaluation.prompts=held_out.csv"])
+    assert config.data.column == "caption"
 
 
 def test_a_preset_without_its_kl_keeps_no_form_of_it(recipe):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from distributed_worker import CASES, run_case, whole_run
+from launching import launch
 from safetensors.torch import load_file
 from tiny_models import CPU, tiny_wan
 
@@ -34,13 +32,7 @@ def models(tmp_path_factory) -> Path:
 def two_processes(models, tmp_path_factory) -> Path:
     """The folder of what two processes recorded: one launch for all cases."""
     out = tmp_path_factory.mktemp("two")
-    paths = [str(WORKER.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(WORKER), str(models), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
-    if done.returncode:
-        print(done.stdout[-2000:], done.stderr[-6000:])
+    launch(WORKER, models, out, timeout=150)
     return out
 
 

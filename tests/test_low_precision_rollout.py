@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from distributed_worker import one_config, whole_weights
+from launching import launch
 from tiny_models import CPU, tiny_config, tiny_wan
 from torch import nn
 
@@ -299,13 +298,8 @@ def main(model: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def two(wide, tmp_path_factory) -> list[dict[str, Any]]:
     """What each of two processes recorded: one launch."""
-    out, here = tmp_path_factory.mktemp("two"), Path(__file__)
-    paths = [str(here.parents[1]), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(here), str(wide), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert not done.returncode, done.stdout[-2000:] + done.stderr[-6000:]
+    out = tmp_path_factory.mktemp("two")
+    assert not launch(Path(__file__), wide, out).returncode
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -323,6 +317,7 @@ REFUSED = {
     "the same": ({"model.dtype": "bfloat16"}, "is model.dtype"),
     "compiled": ({"parallel.compile": True}, "not verified with parallel.compile"),
     "deepspeed": ({"parallel.engine": "deepspeed"}, "not verified with parallel.engine"),
+    "sp": ({"parallel.sp": 2}, "not verified with parallel.sp"),
 }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from verification_cases import MARKED, RECIPE, checkout, readme, record, row
+from verification_cases import MARKED, RECIPE, checkout, readme, record, results_table, row
 
 from dancegrpo_fast.report.verification import (
     FILE,
@@ -26,6 +27,13 @@ def test_families_are_those_of_the_package() -> None:
     assert all((ROOT / f"tests/families/test_{name}.py").is_file() for name in readme.FAMILIES)
 
 
+def test_what_the_gpu_script_writes_has_a_row() -> None:
+    script = (ROOT / "scripts/gpu_models").read_text()
+    models = re.search(r'"\$\{@:-([\w ]+)\}"', script)[1].split()  # type: ignore[index]
+    told = {row.file for row in results_table.ROWS}
+    assert {f"throughput_{m}_gpu.json" for m in models if m not in ("rewards", "sweep")} <= told
+
+
 def test_check_finds_a_stale_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkout(tmp_path)
     root = ["--root", str(tmp_path)]
@@ -33,8 +41,9 @@ def test_check_finds_a_stale_table(tmp_path: Path, capsys: pytest.CaptureFixture
     assert readme.main(root) == 0 and readme.main([*root, "--check"]) == 0
     text = (tmp_path / "README.md").read_text()
     assert "between" in text and text.endswith("the end\n")
-    count = len([line for line in readme.measured(tmp_path).splitlines() if "not measured" in line])
-    assert count == len(readme.ROWS)
+    lines = results_table.measured(tmp_path).splitlines()
+    count = len([line for line in lines if "not measured" in line])
+    assert count == len(results_table.ROWS)
     record.append(tmp_path / FILE, [row(tmp_path)])
     assert readme.main([*root, "--check"]) == 1
     assert "| [no record](tests/families/test_wan.py) | no record | 1 of 1 |" in (
@@ -133,27 +142,30 @@ SHARING = {
     ]
 }  # fmt: skip
 FIGURES = [
-    (readme.demo_reward, DEMO, ".750, 1.250 (base .500): gains of .250, .750 (2.0, 3.0 standard "),
-    (readme.demo_diversity, DEMO, ".75, 1.25"),
-    (readme.demo_controls, DEMO, "gain -.250; gain -.500"),
-    (readme.demo_time, DEMO, "75 to 125 s a run"),
     (
-        readme.loss_speed("o", "t"), KERNELS,
+        results_table.demo_reward, DEMO,
+        ".750, 1.250 (base .500): gains of .250, .750 (2.0, 3.0 standard ",
+    ),
+    (results_table.demo_diversity, DEMO, ".75, 1.25"),
+    (results_table.demo_controls, DEMO, "gain -.250; gain -.500"),
+    (results_table.demo_time, DEMO, "75 to 125 s a run"),
+    (
+        results_table.loss_speed("o", "t"), KERNELS,
         "4 ms, 0.50 of the copy bandwidth; 12 times as fast as the public eager formula, 3.0 times "
         "as fast as the clean one",
     ),
     (
-        readme.traffic, TRAFFIC,
+        results_table.traffic, TRAFFIC,
         "rollout 2.00 MB, 0.05 MB; update phase, between machines 3.00 MB, 0.00 MB",
     ),
     (
-        readme.search, SEARCH,
+        results_table.search, SEARCH,
         "plain sample: .250 (80 evaluations, 8 scored); best of 8: .350 (80 evaluations, 8 scored)"
         "; beam: .450 (80 evaluations, 8 scored)",
     ),
-    (readme.throughput, THROUGHPUT, "wan, window: 3.0 times"),
+    (results_table.throughput, THROUGHPUT, "wan, window: 3.0 times"),
     (
-        readme.sharing, SHARING,
+        results_table.sharing, SHARING,
         "wan, window: 2.00 times the public pattern, 1.50 times sharing in the rollout only",
     ),
 ]  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from distributed_worker import one_config, whole_weights
+from launching import launch
 from tiny_models import CPU, tiny_config, tiny_wan
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -315,15 +314,10 @@ def main(models: Path, out: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict[str, Any]]:
     """What each of two processes recorded: one launch."""
-    out, here = tmp_path_factory.mktemp("two"), Path(__file__)
+    out = tmp_path_factory.mktemp("two")
     for experts in (1, 2):
         tiny_wan(out / f"wan{experts}", experts=experts)
-    paths = [str(here.parents[1]), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(here), str(out), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert not done.returncode, done.stdout[-2000:] + done.stderr[-6000:]
+    assert not launch(Path(__file__), out, out).returncode
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -17,6 +17,7 @@ from dancegrpo_fast.report.verification import (
 sys.path.append(str(ROOT / "scripts"))
 import readme  # noqa: E402, F401 -- scripts/ is no package; tests take both from here
 import record  # noqa: E402
+import results_table  # noqa: E402, F401
 
 RECIPE = "seed: 42\nmodel:\n  family: wan   # a comment\n"
 MARKED = """# A project

@@ -305,6 +305,8 @@ def _pool_dtype(get: Get) -> Iterator[Disagreement]:
         yield "rollout.pool_dtype", "has no effect: it is model.dtype; use null, or float8_e4m3"
     if get("parallel.compile"):
         yield "rollout.pool_dtype", "not verified with parallel.compile; use one of the two"
+    if get("parallel.sp") > 1:
+        yield "rollout.pool_dtype", "not verified with parallel.sp above 1; use one of the two"
     if get("parallel.engine") == "deepspeed":
         yield "rollout.pool_dtype", "not verified with parallel.engine = deepspeed; use fsdp or ddp"
 

@@ -24,8 +24,10 @@ def data(get: Get) -> Iterator[Disagreement]:
     shortest, longest = get("data.min_length"), get("data.max_length")
     if shortest is not None and longest is not None and shortest > longest:
         yield "data.max_length", f"must be at least data.min_length = {shortest}, or null"
-    if get("data.column") != "prompt" and get("data.prompts").lower().endswith(".txt"):
-        yield "data.column", "has no effect with a text file, a prompt a line; leave it out"
+    read = get("data.prompts"), get("evaluation.prompts")
+    tables = [path for path in read if path is not None and not path.lower().endswith(".txt")]
+    if get("data.column") != "prompt" and not tables:
+        yield "data.column", "has no effect with text files, a prompt a line; leave it out"
 
 
 def evaluation(get: Get) -> Iterator[Disagreement]:

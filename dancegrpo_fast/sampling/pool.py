@@ -7,9 +7,12 @@ All tables here are equal on every rank.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Self
 
 import numpy as np
 import torch
@@ -140,10 +143,11 @@ def redrawn(owner: np.ndarray, chosen: np.ndarray, valid: np.ndarray) -> np.ndar
     return again
 
 
-class PartScoring:
+@dataclass
+class Scores(ABC):
     """The scores of one iteration: of this rank's samples as they come, then of every rank's.
 
-    Args:
+    Attributes:
         prompts: P prompts.
         scorer: [P, G] rank that scores each sample.
         rewards: R rewards.
@@ -152,60 +156,41 @@ class PartScoring:
         world: This process.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        scorer: np.ndarray,
-        rewards: Sequence[Reward],
-        family: Family,
-        config: RunConfig,
-        world: World,
-    ) -> None:
-        self._scorer, self._config, self._world = scorer, config, world
-        self._leaves = [(int(p), int(g)) for p, g in np.argwhere(scorer == world.rank)]
-        self._prompts = [prompts[p] for p, _ in self._leaves]
-        self._reasons: tuple[str, ...] = ()
-        self._scoring = Scoring(
-            [prompt.text for prompt in self._prompts],
-            family.decode,
-            rewards,
-            batch_size=config.rollout.batch_size,
-            groups=[p for p, _ in self._leaves],
-            metadata=[prompt.metadata for prompt in self._prompts],
-            fps=config.model.fps,
-        )
+    prompts: Sequence[Prompt]
+    scorer: np.ndarray
+    rewards: Sequence[Reward]
+    family: Family
+    config: RunConfig
+    world: World
 
-    def __enter__(self) -> PartScoring:
+    def __post_init__(self) -> None:
+        self._reasons: tuple[str, ...] = ("",) * len(self.rewards)
+
+    def __enter__(self) -> Self:
         return self
 
+    @abstractmethod
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._scoring.__exit__(kind)
+        """What is still being scored ends; after an exception nobody waits for it."""
 
+    @abstractmethod
     def due(self, drawn: Trajectories) -> int:
         """How many of some samples this rank has to score."""
-        return len(self._due(drawn))
 
+    @abstractmethod
     def add(self, drawn: Trajectories, progress: Callable[[int], object]) -> None:
         """Decode those samples, and score them or have it begun."""
-        self._scoring.add(drawn.samples(self._due(drawn)), progress)
 
-    def _due(self, drawn: Trajectories) -> list[tuple[int, int]]:
-        due = set(self._leaves[self._scoring.taken :])
-        return [leaf for leaf in drawn.leaves if leaf in due]
-
+    @abstractmethod
     def gathered(self) -> tuple[np.ndarray, tuple[str, Tensor] | None]:
         """Rewards [P, G, R] of all ranks' samples, and this rank's first prompt and sample."""
-        own = self._scoring.finish()
-        self._reasons = own.reasons
-        clip = (self._prompts[0].text, own.clip) if self._prompts else None
-        return self._world.gather_rewards(own.values, self._scorer), clip
 
     def failure(self, rewards: np.ndarray, iteration: int) -> str:
         """Why the run cannot go on with these rewards of an iteration; empty if it can.
 
         A collective where it is not empty; the same on every rank.
         """
-        for column, reward in enumerate(self._config.rewards):
+        for column, reward in enumerate(self.config.rewards):
             failed = ~np.isfinite(rewards[..., column])
             if not reward.weight or not (failed.all() or failed.mean() > reward.max_failed):
                 continue
@@ -225,6 +210,47 @@ class PartScoring:
         row = torch.zeros(1, _TEXT, dtype=torch.uint8)
         given = own.encode("utf-8", "replace")[:_TEXT]
         row[0, : len(given)] = torch.tensor(list(given), dtype=torch.uint8)
-        texts = self._world.gather_rows(row, [1] * self._world.size)
+        texts = self.world.gather_rows(row, [1] * self.world.size)
         found = (bytes(text[0].tolist()).rstrip(b"\0").decode("utf-8", "ignore") for text in texts)
         return next(filter(None, found), "")
+
+
+class PartScoring(Scores):
+    """The scores of samples that are drawn part by part."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scored = np.argwhere(self.scorer == self.world.rank)
+        self._leaves = [(int(p), int(g)) for p, g in scored]
+        self._own = [self.prompts[p] for p, _ in self._leaves]
+        self._scoring = Scoring(
+            [prompt.text for prompt in self._own],
+            self.family.decode,
+            self.rewards,
+            batch_size=self.config.rollout.batch_size,
+            groups=[p for p, _ in self._leaves],
+            metadata=[prompt.metadata for prompt in self._own],
+            fps=self.config.model.fps,
+        )
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._scoring.__exit__(kind)
+
+    def due(self, drawn: Trajectories) -> int:
+        """See `Scores`."""
+        return len(self._due(drawn))
+
+    def add(self, drawn: Trajectories, progress: Callable[[int], object]) -> None:
+        """See `Scores`."""
+        self._scoring.add(drawn.samples(self._due(drawn)), progress)
+
+    def _due(self, drawn: Trajectories) -> list[tuple[int, int]]:
+        due = set(self._leaves[self._scoring.taken :])
+        return [leaf for leaf in drawn.leaves if leaf in due]
+
+    def gathered(self) -> tuple[np.ndarray, tuple[str, Tensor] | None]:
+        """See `Scores`."""
+        own = self._scoring.finish()
+        self._reasons = own.reasons
+        clip = (self._own[0].text, own.clip) if self._own else None
+        return self.world.gather_rewards(own.values, self.scorer), clip

@@ -18,12 +18,10 @@ from dancegrpo_fast.advantages import leaf_advantages
 from dancegrpo_fast.config import RunConfig, UserError
 from dancegrpo_fast.models import Conditions, Family
 from dancegrpo_fast.ops.noise import NoiseKey
-from dancegrpo_fast.parallel.world import World
-from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.report.statistics import reward_metrics
 from dancegrpo_fast.rewards import Reward
 from dancegrpo_fast.rewards.scoring import score_latents
-from dancegrpo_fast.sampling.pool import PartScoring
+from dancegrpo_fast.sampling.pool import Scores
 from dancegrpo_fast.search import (
     Found,
     Sampler,
@@ -52,24 +50,18 @@ def check_rewards(config: RunConfig, rewards: Sequence[Reward]) -> None:
             )
 
 
-class SearchScoring(PartScoring):
+class SearchScoring(Scores):
     """The scores of one iteration's searches: previews level by level, then finished samples."""
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        scorer: np.ndarray,
-        rewards: Sequence[Reward],
-        family: Family,
-        config: RunConfig,
-        world: World,
-    ) -> None:
-        super().__init__(prompts, scorer, rewards, family, config, world)
-        self._all, self._rewards, self._family = prompts, rewards, family
-        self._speaker = scorer[:, 0] // world.sp * world.sp  # [P] first rank of a prompt's group.
-        self._reasons = ("",) * len(rewards)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # [P] first rank of a prompt's group.
+        self._speaker = self.scorer[:, 0] // self.world.sp * self.world.sp
         self._clip: tuple[str, Tensor] | None = None
         self._seconds = 0.0
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing goes on: `values` returns when all is scored."""
 
     def values(self, latents: Tensor, prompts: Sequence[int]) -> np.ndarray:
         """[n, R] scores of latents [n, C, F, H, W] of prompts, NaN where a reward failed.
@@ -77,22 +69,22 @@ class SearchScoring(PartScoring):
         The ranks of a sequence-parallel group share the work and all get all: a reward need not
         return the same twice, and they must go on from the same candidate.
         """
-        world = self._world
+        world = self.world
         if latents.is_cuda:
             torch.cuda.synchronize(latents.device)  # What is still being drawn is no scoring.
         started = time.perf_counter()
         parts = np.array_split(np.arange(len(latents)), world.sp)
         own = parts[world.rank % world.sp].tolist()
-        asked = [self._all[prompts[i]] for i in own]
+        asked = [self.prompts[prompts[i]] for i in own]
         found = score_latents(
             latents[own],
             [prompt.text for prompt in asked],
-            self._family.decode,
-            self._rewards,
-            batch_size=self._config.rollout.batch_size,
+            self.family.decode,
+            self.rewards,
+            batch_size=self.config.rollout.batch_size,
             groups=[prompts[i] for i in own],
             metadata=[prompt.metadata for prompt in asked],
-            fps=self._config.model.fps,
+            fps=self.config.model.fps,
         )
         reasons = zip(self._reasons, found.reasons, strict=True)
         self._reasons = tuple(first or second for first, second in reasons)
@@ -118,7 +110,7 @@ class SearchScoring(PartScoring):
         self._own = np.concatenate([previews, finished], axis=1)
         self._samples = previews.shape[1]
         total = SearchCost.total([one.cost for one in found])
-        trees = self._world.data_size  # Equal on all ranks: so are the trees.
+        trees = self.world.data_size  # Equal on all ranks: so are the trees.
         self._cost = SearchCost(
             total.evaluations * trees, total.previews * trees, total.reward_calls * trees
         )
@@ -140,7 +132,7 @@ class SearchScoring(PartScoring):
         count, columns = self._own.shape[1:]
         rows = torch.from_numpy(self._own.reshape(-1, columns)).float()
         table = np.repeat(self._speaker[:, None], count, axis=1)
-        whole = self._world.gather_rewards(rows if self._world.speaks else rows[:0], table)
+        whole = self.world.gather_rewards(rows if self.world.speaks else rows[:0], table)
         self._previews, self._finished = whole[:, : self._samples], whole[:, self._samples :]
         return self._previews, self._clip
 
@@ -150,13 +142,13 @@ class SearchScoring(PartScoring):
         A group is the candidates of one state: previews of other steps are no measure of its
         spread. What was found is no draw of the policy, and has a name of its own.
         """
-        config = self._config
+        config = self.config
         weights = np.array([reward.weight for reward in config.rewards])
         width, trunks = config.rollout.tree.branches or 0, config.rollout.tree.trunks
         prompts, _, rewards = self._previews.shape
         groups = self._previews.reshape(prompts, -1, width, trunks, rewards).swapaxes(2, 3)
         groups = groups.reshape(-1, width, rewards)
-        names = [reward.name for reward in self._rewards]
+        names = [reward.name for reward in self.rewards]
         advantages = leaf_advantages(groups, weights, config.advantage)
         finished = self._finished.reshape(-1, len(weights)).astype(np.float64)
         total = finished[:, weights != 0] @ weights[weights != 0]
