@@ -171,8 +171,15 @@ def sharing(timed: Any) -> str:
                  "+ states shared in the rollout"}  # fmt: skip
         shared = seconds["+ states shared in training"]
         times = [f"{seconds[n] / shared:.2f} times {k}" for k, n in names.items() if n in seconds]
-        told.append(f"{result['model']}, {result['rollout']['tree']['kind']}: {', '.join(times)}")
+        told.append(f"{result['rollout']['tree']['kind']}: {', '.join(times)}")
     return "; ".join(told)
+
+
+def scaling(timed: Any) -> str:
+    return "; ".join(
+        f"{result['model']}, {len(result['points'])} points: {result['largest_error']:.0%}"
+        for result in timed["results"]
+    )
 
 
 SPEED = "an iteration at identical maths, all levers, against the public call pattern"
@@ -220,8 +227,15 @@ ROWS = (
         "scoring a sample on the CPU, random weights of real size", "rewards_cpu.json", scoring,
         timed=True,
     ),
-    Measured("speed of rollout and training with states shared, small models on the CPU",
-             "throughput_cpu.json", sharing, timed=True),
+    *(
+        Measured(f"speed of rollout and training with states shared, small {title} on the CPU",
+                 name, sharing, timed=True)
+        for title, name in (("Wan", "throughput_cpu.json"), ("FLUX", "throughput_flux_cpu.json"))
+    ),
+    Measured(
+        "seconds of rollout and training against samples, steps, size and frames, on the CPU: the "
+        "planner's products at one rate, largest error", "scaling_cpu.json", scaling, timed=True,
+    ),
     Measured("our loss on a GPU", "kernels_gpu.json", loss_speed("triton", "graph"), timed=True),
     Measured("exact noise on a GPU, and torch's", "noise_gpu.json",
              noise_speed("CUDA, graph", "torch normal_, graph"), timed=True),

@@ -166,7 +166,7 @@ FIGURES = [
     (results_table.throughput, THROUGHPUT, "wan, window: 3.0 times"),
     (
         results_table.sharing, SHARING,
-        "wan, window: 2.00 times the public pattern, 1.50 times sharing in the rollout only",
+        "window: 2.00 times the public pattern, 1.50 times sharing in the rollout only",
     ),
 ]  # fmt: skip
 
