@@ -4,9 +4,9 @@ Each algorithm is a recipe with a few fields changed (`algorithm_groups.py`), no
 A run ends when it has no budget for another iteration. The budget is in model evaluations: a
 forward is 1 and a backward 2 a row, counted in the network itself; what a sample costs outside it
 was measured (`algorithm_prices.py`). Judged on the recipe's held-out prompts with the initial noise
-of the base, paired; standard errors are over prompts and do not know how much another training seed
-would change. Seconds are CPU seconds of one thread, without evaluation, so that other work on the
-machine hardly matters.
+of the base, paired; standard errors of one seed are over prompts and do not know how much another
+training seed would change. Seconds are CPU seconds of one thread, without evaluation, so that other
+work on the machine hardly matters.
 
 Rows of an uncommitted state are run again, and --full appends none of them: commit first (results
 may be uncommitted).
@@ -46,7 +46,7 @@ RESULTS = timing.ROOT / "benchmarks" / "results" / "algorithms_cpu.jsonl"
 LOOKS = 6  # Held-out evaluations of a full run, at equal parts of its budget.
 
 HEAD = (
-    "algorithm", "seeds", "reward", "gain", "s.e.", "gain / s.e.", "diversity", "iterations",
+    "algorithm", "seeds", "reward", "gain", "s.e.", "of each seed", "diversity", "iterations",
     "evaluations", "with scoring", "CPU seconds", f"seconds to {TARGET:+g}",
 )  # fmt: skip
 
@@ -208,7 +208,7 @@ def table(rows: Sequence[Mapping[str, Any]], group: Group, *, full: bool = True)
     """A line for each algorithm of a group, the best first; means over the seeds there are.
 
     Of two rows of one recipe and seed the later one counts. The standard error of several seeds is
-    that of the mean of independent runs on the same prompts.
+    the mean of theirs, since they are judged on the same prompts; the seeds' own, where larger.
     """
     lines, missing = [], []
     for name in group.algorithms:
@@ -224,12 +224,15 @@ def table(rows: Sequence[Mapping[str, Any]], group: Group, *, full: bool = True)
         )  # fmt: skip
         mean = {key: float(np.mean([row[key] for row in own])) for key in keys}
         cost = mean["model_evaluations"] + group.price(config) * mean["scored"]
-        error = float(np.sqrt(np.sum([row["standard_error"] ** 2 for row in own]))) / len(own)
+        gains = [row["gain"] for row in own]
+        error = float(np.mean([row["standard_error"] for row in own]))
+        if len(own) > 1:
+            error = max(error, float(np.std(gains, ddof=1)) / len(own) ** 0.5)
         reached = [row["seconds_to_target"] for row in own if row["seconds_to_target"] is not None]
         to_target = f"{np.mean(reached):.0f}" if len(reached) == len(own) else "not reached"
         line = [
             name, ", ".join(map(str, sorted(seeds))), f"{mean['trained']:.3f}",
-            f"{mean['gain']:+.3f}", f"{error:.4f}", f"{mean['gain'] / error:+.1f}",
+            f"{mean['gain']:+.3f}", f"{error:.3f}", " ".join(f"{gain:+.3f}" for gain in gains),
             f"{mean['diversity']:.2f}", f"{mean['iterations']:.0f}",
             f"{mean['model_evaluations']:.0f}", f"{cost:.0f}", f"{mean['cpu_seconds']:.0f}",
             to_target,

@@ -361,6 +361,7 @@ def main() -> None:
         print(f"\n{measured['task']}: {task.bytes() / 1e6:.0f} MB")
         print_task(measured)
         sys.stdout.flush()
+        timing.write_json(args.json, result)  # Now: on a GPU the time may end before the tasks.
     if args.device == "cpu" and not args.only:
         result["overhead"] = overhead(args.rounds)
         print("\nCost of a call, 4 x 64 elements, 1 thread")

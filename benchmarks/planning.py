@@ -48,6 +48,8 @@ scaled from one process by linearity, and its exchanges come from a formula that
 The runs are those of `recipes/`, with one prompt a GPU and iteration unless said otherwise, on GPUs
 of 80 GB, 8 a machine, of which 10% are left for the driver, NCCL and fragmentation. Text is taken
 at its longest. FSDP everywhere; a mesh is copies of the weights x shards x sequence parallelism.
+For a recipe of its own `plan` compares the settings of the recipe's engine (`ddp`: checkpointing;
+`deepspeed`: zero_stage, too), and FSDP's only if nothing of that fits; it prints which.
 
 ## What is verified, and what is not
 
@@ -59,6 +61,8 @@ at its longest. FSDP everywhere; a mesh is copies of the weights x shards x sequ
   million parameters, 46 to 284 MB, in six settings: 0.967 to 0.995 of what is measured;
 - memory of a pool of 24 samples that is kept, or drawn again, with and without `loss.ratio_norm`:
   the same, 4 to 8 MB: 0.95 to 1.061;
+- memory of a float32 network's rollout in `rollout.pool_dtype`, autocast's and float8's copies of
+  the weights among it: the same, 125 and 128 MB: 0.999 to 1.002;
 - activations of the VAE's decoder with what the CPU's convolutions need while they run, of six
   families in batches of 1 and 3: 1.000 to 1.020 of the allocator's peak (cuDNN's workspaces: not
   counted);
@@ -126,7 +130,7 @@ def recipe(name: str, model: dict[str, Any], gpus: int) -> RunConfig:
     settings = model | {"path": str(ROOT / "benchmarks" / "sizes" / model["path"])}
     overrides = [f"model.{key}={value}" for key, value in settings.items()]
     prompts = gpus // 8 if model.get("frames") == 129 else gpus
-    overrides += [f"data.prompts_per_iteration={prompts}"]
+    overrides += [f"data.prompts_per_iteration={prompts}", "parallel.engine=fsdp"]
     return load_config(ROOT / "recipes" / f"{name}.yaml", overrides)
 
 

@@ -349,16 +349,22 @@ def main() -> None:
     names = args.only or ([*PLAIN, *MODELS] if args.full else list(QUICK))
     plain = ",".join(name for name in names if name in PLAIN)
     rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for group in filter(None, [plain, *(name for name in names if name in MODELS)]):
         command = [sys.executable, __file__, "--row", group, "--device", args.device]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows += json.loads(output.splitlines()[-1])
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:  # The others still say what they cost.
+            failed.append(group)
+        else:
+            rows += json.loads(done.stdout.splitlines()[-1])
     record = environment(args.device)
     print(headline(record))
     head = ["reward", "sample", "batch", "ms, one at a time", "ms, in a batch", "gain",
             "weights, GB", "peak, GB"]  # fmt: skip
     print_table(head, [shown(row) for row in rows])
     write_json(args.json, {"environment": record, "tokens": TOKENS, "results": rows})
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

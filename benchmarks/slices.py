@@ -28,29 +28,32 @@ STAGES = ("sample", "score", "update")
 
 
 def compared(name: str, rounds: int) -> dict[str, Any]:
-    """The slice of a small model, the whole composed from it, and the whole measured."""
+    """The slice of a model and the whole composed from it; the whole measured, if it can be run."""
     model = MODELS[name]
-    whole = {key: model[key] for key in SLICE}
+    whole = WHOLE.get(name) or {key: model[key] for key in SLICE}
     rungs = [PUBLIC, replace(OURS, checkpointing="full")]
     # The same calls in both: a batch of the whole would be larger than the slice has samples.
     batch = min(model["batch"], SLICE["group_size"])
     with mock.patch.dict(MODELS, {name: model | {"batch": batch}}):
         part = measure(name, rungs, rounds, **SLICE)
-        run = measure(name, rungs, rounds, **whole)
-    return composed(name, rungs, part, whole, run["rows"])
+        run = [] if name in WHOLE else measure(name, rungs, rounds, **whole)["rows"]
+    return composed(name, rungs, part, whole, run)
 
 
 def composed(
     name: str, rungs: Sequence[Rung], part: Mapping[str, Any], whole: Mapping[str, Any],
     measured: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """A whole by rung, from what `measure` found of its slice."""
+    """A whole by rung, from what `measure` found of its slice; it may leave out rungs."""
+    parts, wholes = ({row["rung"]: row for row in found} for found in (part["rows"], measured))
     rows = [
-        {"rung": rung.name, **composition(row, counts(name, rung, whole))}
-        for rung, row in zip(rungs, part["rows"], strict=True)
+        {"rung": rung.name, **composition(parts[rung.name], counts(name, rung, whole))}
+        for rung in rungs
+        if rung.name in parts
     ]
-    for row, run in zip(rows, measured, strict=False):
-        row["measured"] = {stage: run[f"{stage}_seconds"] for stage in STAGES}
+    for row in rows:
+        if run := wholes.get(row["rung"]):
+            row["measured"] = {stage: run[f"{stage}_seconds"] for stage in STAGES}
     found = {"model": name, "slice": SLICE, "whole": dict(whole), "agreement": part["agreement"],
              "extrapolated": rows}  # fmt: skip
     show(found)
@@ -83,6 +86,8 @@ def composition(part: Mapping[str, Any], count: Mapping[str, int]) -> dict[str, 
 def show(found: Mapping[str, Any]) -> None:
     """Print it, and how far it is from what was measured."""
     rows = found["extrapolated"]
+    if not rows:
+        return
     first = sum(rows[0]["seconds"].values())
 
     def error(row: Mapping[str, Any], *stages: str) -> str:

@@ -9,7 +9,8 @@
 The ladder begins at the call pattern of public code (ladder.py) and adds one lever after the other;
 each lever also stands alone. All rungs draw the same samples and make the same update: before any
 time is printed, samples, loss and gradient norm of the first iteration are compared (1e-4 in
-float32; in bfloat16 by what it rounds). On a GPU one rung after the other is in memory.
+float32; in bfloat16 by what it rounds). On a GPU one rung after the other is in memory; one that
+does not fit, or would end after --seconds, is listed as not run.
 "Predicted" is counts of network calls times the time of such a call, measured alone after the
 rounds: what the sum misses are latents, noise, losses, the optimizer and Python. On a CPU all times
 are CPU seconds of one thread: what else the machine does is none of the iteration's.
@@ -34,6 +35,10 @@ from slices import WHOLE, compared, composed
 def show(result: dict[str, Any]) -> None:
     """Print a model's tables: the ladder, and what its iterations consist of."""
     rows = result["rows"]
+    for rung, why in result["not_run"]:
+        print(f"not run: {rung}: {why}")
+    if not rows:
+        return
     first = rows[0]
     print(f"\n{result['model']} {result['rollout'] or ''}: {result['agreement'][0]}")
     timing.print_table(
@@ -69,7 +74,8 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = timing.arguments(__doc__)
     parser.add_argument("--model", choices=tuple(MODELS), action="append")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=None, help="default: 3, on a GPU 2")
+    parser.add_argument("--seconds", type=float, default=540.0, help="of a model, on a GPU")
     parser.add_argument("--tree", action="store_true", help="only the branching tree")
     parser.add_argument("--scaling", action="store_true", help="time against G, steps, sizes")
     parser.add_argument("--figure", type=Path, help="draw that here (.svg or .png)")
@@ -78,6 +84,7 @@ def main() -> None:
     if args.figure and not args.scaling:
         parser.error("--figure draws what --scaling measures")
     cuda = args.device == "cuda"
+    args.rounds = args.rounds or (2 if cuda else 3)
     names = args.model or (["sd15", "flux", "wan", "hunyuan"] if cuda else
                            ["small_wan", "small_flux"])  # fmt: skip
     environment = timing.environment(args.device)
@@ -96,19 +103,25 @@ def main() -> None:
             else:
                 results += _ladders(name, args)
             print(f"{time.perf_counter() - started:.0f} s")
+            # Now: the next model may fail, or be cut off.
+            timing.write_json(args.json, {"environment": environment, "results": results})
     if args.figure:
         draw(results, args.figure)
-    timing.write_json(args.json, {"environment": environment, "results": results})
+    if any(why.startswith("FAILED") for r in results for _, why in r.get("not_run", [])):
+        raise SystemExit(1)
 
 
 def _ladders(name: str, args: Any) -> list[dict[str, Any]]:
     """The ladder on a window (whole chains where only a slice is run), and on a branching tree."""
     cuda, found = args.device == "cuda", []
     if not args.tree:
-        rungs = ladder(compiled=cuda and args.full)
-        found.append(measure(name, rungs, args.rounds, **({} if name == "hunyuan" else WINDOW)))
+        rungs = ladder(compiled=cuda and args.full, kept=MODELS[name].get("kept", "none"))
+        window = {} if name == "hunyuan" else WINDOW
+        found.append(measure(name, rungs, args.rounds, seconds=args.seconds, **window))
         show(found[-1])
-        if name in WHOLE:
+        if name in WHOLE and found[-1]["rows"]:
+            ran = {row["rung"] for row in found[-1]["rows"]}
+            rungs = [rung for rung in rungs if rung.name in ran]
             found.append(composed(name, rungs, found[-1], WHOLE[name]))
     if not cuda:
         rungs = ladder(compiled=False)

@@ -28,19 +28,23 @@ class LeafAdvantages:
         weights: [C] weight of each separately clipped objective, positive.
         valid: [P, G] bool; False where a reward of non-zero weight failed.
         zero_variance: share of groups whose rewards do not differ (they carry no signal).
+        ranking: [P, G] what best-of-n ranks by, the weighted sum before the clamp, which would make
+            the best of a large group equal; None: the sum of `values`.
     """
 
     values: Array
     weights: Array
     valid: Array
     zero_variance: float
+    ranking: Array | None = None
 
 
 @dataclass
 class RunningRewards:
     """The last rewards of each prompt, for `scope = running` (DDPO's per-prompt statistics).
 
-    `history[prompt]` is [n, R]; statistics come from it once it holds `min_count` samples.
+    `history[prompt]` is [n, R]; statistics come from it once it holds `min_count` samples, or a
+    whole smaller window.
     """
 
     window: int
@@ -87,7 +91,7 @@ def leaf_advantages(
         if config.scope == "running":
             assert running is not None
             history = running.update(prompts[p], columns[p][valid[p]])
-            if len(history) < running.min_count:
+            if len(history) < min(running.min_count, running.window):
                 history = None
         for r in range(columns.shape[2]):
             group, batch = columns[p, :, r], columns[:, :, r]
@@ -106,8 +110,10 @@ def leaf_advantages(
         for r in range(len(column_weights)):
             whole = values[used, r]
             values[used, r], _ = _normalise(whole, whole, whole, config)
-    values = np.clip(values, -config.clip, config.clip)
-    return LeafAdvantages(values, column_weights, valid, float(flat.all(axis=1).mean()))
+    ranking, values = values @ column_weights, np.clip(values, -config.clip, config.clip)
+    return LeafAdvantages(
+        values, column_weights, valid, float(flat.all(axis=1).mean()), ranking
+    )
 
 
 def edge_advantages(
@@ -170,7 +176,9 @@ def best_and_worst(advantages: LeafAdvantages, count: int, keep: str = "extremes
     "extremes": the best half and the worst half of them; "best": the best. Ranked by the weighted
     sum of advantages on the full pool; ties keep canonical order.
     """
-    score = advantages.values @ advantages.weights
+    score = advantages.ranking
+    if score is None:
+        score = advantages.values @ advantages.weights
     selected = np.zeros(score.shape, dtype=bool)
     for p in range(score.shape[0]):
         pool = np.flatnonzero(advantages.valid[p])

@@ -56,7 +56,10 @@ class HeldOut:
         if not self.prompts:
             return
         kept = Path(self.config.output) / f"evaluation-base-{self._digest()}.npz"
-        if kept.is_file():
+        # Measured by all where one cannot see it: another machine's folder may lag behind.
+        absent = torch.tensor(int(not kept.is_file()))
+        trainer.world.all_reduce(absent, "max")
+        if not absent:
             self.base = Evaluation.load(kept)
             log.evaluation(0, self.base, self._texts())
             return

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 _OPERATORS = 20
 _SYNCS = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize",
           "cudaEventSynchronize")  # fmt: skip
-_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch")
+_LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx",
+             "cudaGraphLaunch")  # The third and fourth are Triton's.
 _COLLECTIVES = ("nccl:", "gloo:", "c10d::")
 # Frames and ranges, which are no operators.
 _PYTHON = re.compile(r"\.py\(|^<|^nn\.Module: |^dancegrpo_fast\.")

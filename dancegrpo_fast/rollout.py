@@ -28,6 +28,7 @@ from dancegrpo_fast.trajectories import Fan, Place, Trajectories
 from dancegrpo_fast.transitions import coefficient_table, transition
 from dancegrpo_fast.trees import candidates
 from dancegrpo_fast.trees.chains import chains
+from dancegrpo_fast.trees.timesteps import check_noise
 from dancegrpo_fast.trees.tree import (
     ROOT_STEP,
     TreePlan,
@@ -42,7 +43,12 @@ from dancegrpo_fast.trees.windows import thinned, window_start, without_history_
 
 
 def plan_iteration(config: RunConfig, grid: Grid, iteration: int) -> TreePlan:
-    """The tree of every prompt of an iteration, checked against the credit rule."""
+    """The tree of every prompt of an iteration, checked against the credit rule and the schedule.
+
+    Raises:
+        ValueError: Edges that the rule cannot credit, an undefined step, or a trained one without
+            noise.
+    """
     key, schedule = NoiseKey.from_seed(config.seed), grid.schedule(config.rollout)
     if config.loss.kind == "policy_gradient":
         plan = plan_trees(config.rollout, schedule, iteration, key.fold_in(Role.WINDOW))
@@ -51,6 +57,7 @@ def plan_iteration(config: RunConfig, grid: Grid, iteration: int) -> TreePlan:
     check_credit(plan, config.advantage.credit)
     modules = grid.module_names(plan.schedule)
     plan = without_history_across(plan, modules)
+    check_noise(plan, config)
     return carried_in_suffixes(plan, config.rollout.suffix_every, modules)
 
 
@@ -199,7 +206,7 @@ def draw_trees(
                 latents,
                 drawn.edge_coefficients(fan.edges),
                 keys=keys_table([noise_key(keys[p], plan.states[c], step) for p, c in fan.edges]),
-                child_offsets=fan.offsets,
+                child_offsets=fan.offsets.to(latents.device, non_blocking=True),
                 action_box=family.action_box,
                 latent_dtype=DTYPES[latent_dtype],
             )

@@ -23,7 +23,7 @@ from dancegrpo_fast.parallel.stopping import SOON, StopRequested, ending_at_once
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.profiling import Profile
 from dancegrpo_fast.report.log import RunLog
-from dancegrpo_fast.report.metrics import check_new
+from dancegrpo_fast.report.metrics import check_folder, check_new
 from dancegrpo_fast.report.terminal import Terminal
 from dancegrpo_fast.report.trackers import check_trackers
 from dancegrpo_fast.trainer import Trainer
@@ -58,7 +58,9 @@ def train(
             world = World.from_environment(config.parallel)
             lock = FolderLock(Path(config.output), world)
             restarts = _restarts(world)
-            if restarts and Trainer.has_snapshots(config):
+            seen = torch.tensor(int(restarts and Trainer.has_snapshots(config)))
+            world.all_reduce(seen, "max")  # Another machine's folder may lag behind.
+            if seen:
                 resume = True  # Also of a run that began at a named snapshot: it has gone on since.
             run = _Run(config, world, lock, resume or restarts > 0, fresh_is_fine=restarts > 0)
             run.profile.number = profile if world.is_main else None
@@ -103,7 +105,10 @@ def restore(folder: Path) -> Trainer:
     if not recipe.is_file():
         raise UserError(f"run = {str(folder)!r}: holds no recipe.yaml; give the folder of a run")
     config = load_config(recipe, [])
-    trainer = Trainer(config, World.from_environment(config.parallel))
+    # However many processes the weights were spread over, and wherever the folder was then.
+    alone = config.parallel.model_copy(update={"dp_replicate": 1, "dp_shard": None, "sp": 1})
+    config = config.model_copy(update={"parallel": alone, "output": str(folder)})
+    trainer = Trainer(config, World.from_environment(alone))
     if not trainer.resume():
         raise UserError(
             f"run = {str(folder)!r}: {trainer.snapshots} holds no usable snapshot; the run must "
@@ -125,8 +130,10 @@ class _Run:
         self.config, self.world, self.folder = config, world, Path(config.output)
         self.held_out = HeldOut(config)
         check_trackers(config.logging)
-        if not resume and world.is_main:
-            check_new(self.folder / "metrics.jsonl")  # Loading may take minutes.
+        if world.is_main:  # Loading may take minutes.
+            check_folder(config.output)
+            if not resume:
+                check_new(self.folder / "metrics.jsonl")
         started = time.perf_counter()
         self.trainer = Trainer(config, world)
         self.held_out.check(self.trainer)
@@ -147,12 +154,14 @@ class _Run:
                 logger.warning("%s: no snapshot yet, starting at iteration 0", self.folder)
         done = self.trainer.done
         if resume and world.is_main:
-            recipe = (named.parents[1] if named else self.folder) / "recipe.yaml"
+            recipe = (named.absolute().parents[1] if named else self.folder) / "recipe.yaml"
             if recipe.is_file():
                 _tell_changes(recipe, config)
         self.log = RunLog(config, world.is_main, resumed=done if resume else None)
         if world.is_main:
-            (self.folder / "recipe.yaml").write_text(dump(config), encoding="utf-8")
+            partial = self.folder / "recipe.yaml.partial"  # A full disk leaves the one before.
+            partial.write_text(dump(config), encoding="utf-8")
+            os.replace(partial, self.folder / "recipe.yaml")
             for line in preset_lines(config):
                 logger.info("algorithm %s: %s", config.algorithm, line)
         self.profile = Profile(self.folder / "profile", None, world.device)
@@ -161,7 +170,9 @@ class _Run:
     def _may_branch(self, named: Path) -> None:
         """Refuse to leave snapshots of another continuation behind, where `latest` finds them."""
         newest = self.trainer.saved_iterations()[-1:]
-        if newest and named.name != f"iteration-{newest[0]:06d}":
+        own = self.trainer.snapshots / f"iteration-{newest[0]:06d}" if newest else named
+        # What is no snapshot is told so when it is loaded.
+        if named.name.startswith("iteration-") and named.is_dir() and not named.samefile(own):
             raise UserError(
                 f"--resume {named}: {self.trainer.snapshots} holds iteration {newest[0]}, which "
                 "would be mixed up with the new ones; add output=ANOTHER_FOLDER to branch off, or "
@@ -265,7 +276,12 @@ class _Run:
 
 def _tell_changes(recipe: Path, config: RunConfig) -> None:
     """Say which fields a resumed run changes: legal, but never silent."""
-    before, after = (_flat(c.model_dump()) for c in (load_config(recipe, []), config))
+    try:
+        known = load_config(recipe, [])
+    except UserError as error:  # Cut off, or of another version: the recipe that was given counts.
+        logger.warning("%s; what changes on resume is not known", str(error).split("\n")[0])
+        return
+    before, after = (_flat(c.model_dump()) for c in (known, config))
     for field in sorted(before | after):
         if before.get(field) != after.get(field):
             logger.warning(

@@ -102,7 +102,8 @@ def dance_schedule(steps: int, shift: float) -> Schedule:
 
     Sigmas are float64. Timesteps are integers, int(1000 sigma). The published code truncates a
     float32 product, and where 1000 sigma is a whole number the last bit decides: so the same
-    float32 operations are done here (at 12 steps and shift 3, for example, they give 599, not 600).
+    float32 operations are done here (at 12 steps and shift 3, for example, they give 599, not 600),
+    with torch.linspace as on processors with fused multiply-add.
 
     Args:
         steps: T >= 1.
@@ -120,10 +121,11 @@ def dance_schedule(steps: int, shift: float) -> Schedule:
     line = [(steps - i) / steps for i in range(steps + 1)]
     sigmas = tuple(shift * u / (1 + (shift - 1) * u) for u in line)
 
-    # torch.linspace(1, 0, T+1) in float32: each half is counted from its own end.
+    # torch.linspace(1, 0, T+1) in float32: each half is counted from its own end, with one rounding
+    # for product and sum (both are exact in float64).
     f32 = np.float32
     step, index = f32(-1) / f32(steps), np.arange(steps + 1)
-    upper = f32(1) + step * index.astype(f32)
+    upper = (1.0 + np.float64(step) * index).astype(f32)
     lower = -step * (steps - index).astype(f32)
     single = np.where(index < (steps + 1) // 2, upper, lower)
     shifted = (f32(shift) * single) / (f32(1) + f32(shift - 1) * single)
@@ -140,10 +142,16 @@ def from_scheduler(
     """The grid of a diffusers scheduler, exactly: its float32 values widened to float64.
 
     A copy of `scheduler` has `set_timesteps` called as the model's pipeline calls it; `scheduler`
-    itself is left as it is. Flow schedulers (`FlowMatchEulerDiscreteScheduler`, or any with
-    prediction_type "flow_prediction") give sigmas; all others give alphas_cumprod at their integer
-    timesteps, with the end point at max(last timestep - stride, 0). That clamp is DDPO's and
-    DanceGRPO's: it keeps the noise of the last step above zero.
+    itself is left as it is, and only its grid is used. Flow schedulers
+    (`FlowMatchEulerDiscreteScheduler`, or any with prediction_type "flow_prediction") give sigmas;
+    all others give alphas_cumprod at their integer timesteps, with the end point at max(last
+    timestep - stride, 0). That clamp is DDPO's and DanceGRPO's: it keeps the noise of the last step
+    above zero.
+
+    Two things make the stock DDIM step another than ours: a scheduler that clips its x0 estimate
+    (clip_sample, the default of `DDIMScheduler`, or thresholding) has no affine step; and a step of
+    ours goes to the next timestep of the list, the stock one to t - N // T, which differs where the
+    list is not spaced so evenly ("linspace"; "trailing" where T does not divide N).
 
     Args:
         scheduler: A diffusers scheduler object (any with set_timesteps, timesteps and sigmas or
@@ -176,12 +184,14 @@ def from_scheduler(
     grid = copy.deepcopy(scheduler)
     grid.set_timesteps(**arguments)
     timesteps = tuple(float(t) for t in grid.timesteps.tolist())
+    prediction = getattr(grid.config, "prediction_type", "flow_prediction")
     if len(timesteps) != steps:
+        flow = prediction == "flow_prediction"
+        other = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
         raise ValueError(
             f"{name} makes {len(timesteps)} timesteps for steps = {steps}; use a scheduler with "
-            "one evaluation per step, for example DDIMScheduler.from_config(scheduler.config)"
+            f"one evaluation per step, for example {other}.from_config(scheduler.config)"
         )
-    prediction = getattr(grid.config, "prediction_type", "flow_prediction")
     if prediction == "flow_prediction":
         return Schedule(tuple(float(sigma) for sigma in grid.sigmas.tolist()), timesteps)
     return _from_alphas(name, grid.alphas_cumprod.tolist(), timesteps, prediction)

@@ -65,6 +65,7 @@ class Trainer:
         self.prompts = PromptSet.of(config.data)
         self.draws = Draws(self.prompts, config.data, config.seed)
         self.reward_weights = np.array([reward.weight for reward in config.rewards])
+        pool.check_frames(config)
         prompts, group_size = config.data.prompts_per_iteration, config.rollout.group_size
         try:
             spread = config.parallel.groups == "spread"
@@ -185,7 +186,7 @@ class Trainer:
             owner: [P, G] rank that draws each sample, -1 if none does; None: all are drawn.
             again: For training, after `rollout.redraw` let go of them.
         """
-        rollout = self.config.rollout
+        rollout, normalises = self.config.rollout, self.config.loss.ratio_norm
         keep: Literal["all", "samples", "training"] = "all"
         if rollout.redraw:
             keep = "training" if again else "samples"
@@ -204,7 +205,7 @@ class Trainer:
                 key=self.key.fold_in(Role.LATENTS).fold_in(self.done),
                 searching=self.searching,
                 keep=keep,
-                keep_outputs=self.config.loss.ratio_norm and self.updater.mode == "rollout",
+                keep_outputs=normalises and self.updater.mode == "rollout" and keep != "samples",
                 keep_graphs=self.config.loss.reuse_forwards and keep != "samples",
                 bar=lambda count: self.bar("sample", count),
                 # Drawing again is part of the update phase, which is finished if time allows.

@@ -125,7 +125,7 @@ class Fan:
     Attributes:
         places: [n] states.
         edges: [children] edges by child state, state after state.
-        offsets: [n + 1] int64, where each state's children begin.
+        offsets: [n + 1] int64 in host memory, where each state's children begin.
     """
 
     places: list[Place]

@@ -61,7 +61,8 @@ def coefficient_table(
 
     Args:
         transitions: n of them.
-        dtype: Of the table; each float64 number of the host is rounded once.
+        dtype: Of the table; each float64 number of the host is rounded once. float32 is what the
+            ops compute in; give float64 for float64 latents.
         device: Of the table.
 
     Returns:

@@ -122,6 +122,14 @@ CASES["gathering_rollout"] = Case(
     ONE_PROMPT | {"parallel.gather_rollout": False, "rollout.group_size": 5,
                   "rollout.batch_size": 2}
 )  # fmt: skip
+# The second update alone trains the second expert, whose old log-probs come before the first one's
+# step; every forward of theirs gathers weights, and the average takes slices.
+LATER_EXPERT = ONE_PROMPT | {
+    f"{TREE}.kind": "independent_roots", "rollout.group_size": 2, "loss.updates": 2,
+    "loss.timestep_fraction": 0.34, "policy.ema_decay": 0.9, "parallel.gather_rollout": False,
+}  # fmt: skip
+CASES["later_expert"] = Case(LATER_EXPERT, experts=2)
+CASES["later_expert_awm"] = Case(LATER_EXPERT | CHAINS | {"loss.kind": "awm"}, experts=2)
 CASES["spread"] = Case({"parallel.groups": "spread", "loss.micro_batch_size": 3})
 CASES["checkpointed"] = Case(
     {"parallel.checkpointing": "full", "parallel.offload_activations": True}

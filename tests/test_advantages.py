@@ -104,6 +104,17 @@ def test_running_scope_uses_the_batch_until_the_history_is_long_enough() -> None
     np.testing.assert_array_equal(running.history[2], [[8], [1], [3], [3]])
 
 
+def test_a_short_window_is_used_once_it_is_full() -> None:
+    """It never holds DDPO's 16 samples, and would be the batch's statistics for good."""
+    running = RunningRewards(window=4)
+    config = AdvantageConfig(scope="running", running_window=4, std="biased", eps=0.0)
+    for rewards in ([0.0, 2.0], [4.0, 6.0]):
+        found = leaf_advantages(groups(rewards, [9, 9]), ONE, config, prompts=[7, 2],
+                                running=running)  # fmt: skip
+    # History 0, 2, 4, 6: mean 3, variance 5.
+    np.testing.assert_allclose(found.values[0, :, 0], np.array([1, 3]) / np.sqrt(5), atol=1e-12)
+
+
 @pytest.mark.parametrize("scope", ["group", "batch", "batch_std"])
 @pytest.mark.parametrize("std", ["unbiased", "biased"])
 def test_failures_enter_no_statistic(scope: str, std: str) -> None:
@@ -269,6 +280,16 @@ def test_best_of_n_keeps_the_advantages_of_the_full_pool() -> None:
     kept = result.values[best_and_worst(result, 2)][:, 0]
     full = np.array([0, 1, 2, 3, 10.0])
     np.testing.assert_allclose(kept, ([0, 10] - full.mean()) / full.std(ddof=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("combine", ["advantage", "loss"])
+def test_best_of_n_ranks_what_the_clamp_makes_equal(combine: str) -> None:
+    """All but 3 of these advantages end at the clamp; the best and the worst are still known."""
+    rewards = np.array([[[1.0], [2], [10], [0], [5.1], [5.2], [8], [9]]])
+    pool = leaf_advantages(rewards, ONE, AdvantageConfig(clip=0.2, combine=combine))
+    assert (np.abs(pool.values) == 0.2).sum() >= 6
+    assert np.flatnonzero(best_and_worst(pool, 2)).tolist() == [2, 3]
+    assert np.flatnonzero(best_and_worst(pool, 2, "best")).tolist() == [2, 7]
 
 
 def test_best_of_n_ranks_by_the_weighted_sum() -> None:

@@ -104,6 +104,13 @@ def test_one_line_names_field_value_and_way_out(recipe, capsys, override, named,
     assert named in line and way_out in line
 
 
+@pytest.mark.parametrize("output", ["r.yaml", "r.yaml/run", "''"])
+def test_an_output_that_is_no_folder(recipe, capsys, monkeypatch, output):
+    monkeypatch.setattr("dancegrpo_fast.run.Trainer.__init__", None)  # It would load for minutes.
+    (line,) = refused(capsys, recipe, f"output={output}")
+    assert line.startswith("output = '") and line.endswith("is no folder; name one")
+
+
 def test_all_mistakes_come_at_once(recipe, capsys):
     wrong = {
         "rollout.grup_size=3": "rollout.grup_size",

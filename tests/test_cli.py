@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -103,7 +107,81 @@ def test_export_writes_the_snapshot(finished, tmp_path, capsys):
     (file,) = out.glob("*.safetensors")
     assert any(value.any() for name, value in load_file(file).items() if "lora_B" in name)
     assert main(["export", str(finished / "run"), str(out)]) == 2
-    assert f"OUT = '{out}': is not empty; name a new folder" in capsys.readouterr().err
+    assert f"OUT = '{out}': is a file or not empty; name a new folder" in capsys.readouterr().err
+
+
+def test_a_run_that_was_moved_is_itself(finished, tmp_path, monkeypatch):
+    """Its recipe names where it was: nothing is there, or another run."""
+    run = tmp_path / "moved"
+    shutil.copytree(finished / "run", run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"output": str(tmp_path / "gone")}))
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert weights_hash(tmp_path / "out") == weights_hash(run / "final")
+    assert not (tmp_path / "gone").exists()
+    # A relative output counts from the folder in which it was trained.
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"output": "moved"}))
+    monkeypatch.chdir(finished)
+    assert main(["export", str(run), str(tmp_path / "again")]) == 0
+
+
+def test_resuming_at_a_snapshot_by_its_name_alone(finished, tmp_path, monkeypatch, capsys):
+    run, recipe = tmp_path / "run", str(finished / "r.yaml")
+    shutil.copytree(finished / "run", run)
+    monkeypatch.chdir(run / "snapshots")
+    more = ["iterations=4", "evaluation.every=null"]
+    named = ["train", recipe, f"output={run}", *more, "--resume"]
+    # Another run's snapshot of the same number is no continuation of this one.
+    other = str(finished / "run" / "snapshots" / "iteration-000003")
+    assert main([*named, other]) == 2
+    assert "would be mixed up with the new ones" in capsys.readouterr().err
+    assert main([*named, "iteration-000009"]) == 2
+    assert "iteration-000009: is no usable snapshot" in capsys.readouterr().err
+    (run / "recipe.yaml").write_text("model: [")  # Only what changes is looked for in it.
+    assert main([*named, "iteration-000003"]) == 0
+    assert load_config(run / "recipe.yaml").iterations == 4
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "reward/mean" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("mesh", [{"sp": 2}, {"dp_replicate": 4}, {"dp_shard": 8}])
+def test_export_of_a_run_of_many_processes(finished, tmp_path, mesh):
+    """A snapshot is of no number of processes: one writes what eight have trained."""
+    run = tmp_path / "run"
+    shutil.copytree(finished / "run", run)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["parallel"] |= mesh
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert weights_hash(tmp_path / "out") == weights_hash(run / "final")
+
+
+@pytest.mark.parametrize(
+    "command", [["export", "run", "out"], ["sample", "run", "--prompt", "x", "--out", "out"]]
+)
+def test_commands_of_one_process_refuse_torchrun(monkeypatch, capsys, command):
+    """Each process would do all of it, and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command) == 2
+    assert capsys.readouterr().err == (
+        f"WORLD_SIZE = 2: {command[0]} runs on one process; start it without torchrun (train, "
+        "evaluate and embed take several)\n"
+    )
+
+
+def test_a_process_whose_peer_is_gone_shows_no_traceback(monkeypatch, capsys, tmp_path):
+    """The peer says what happened; this one can be started again, as `evaluate` and `embed` are."""
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]")
+    monkeypatch.setattr("dancegrpo_fast.cli.evaluate.run", mock.Mock(side_effect=gone))
+    arguments = ["evaluate", "r.yaml", "--prompts", "p.txt", "--out", str(tmp_path)]
+    with pytest.raises(RuntimeError):  # Alone there is no peer: a defect.
+        main(arguments)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(arguments) == 3
+    (line,) = capsys.readouterr().err.strip().split("\n")
+    assert line.startswith("[rank 1] evaluate: no answer from another process: [gloo/")
+    assert line.endswith("its own output says more; start the command again, it goes on")
 
 
 def frames_of(file: Path) -> list[bytes]:
@@ -177,6 +255,15 @@ def test_plan_prints_the_tree_and_its_cost(tmp_path, tiny_wan_folder, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_plan_counts_what_a_loss_at_every_point_trains(tmp_path, tiny_wan_folder, capsys):
+    recipe = str(write_recipe(tmp_path, tiny_wan_folder))
+    for range_, points in (("null", 4), ("[1, 3]", 2)):
+        change = f"loss.timestep_range={range_}"
+        lines = plan_lines(capsys, recipe, "algorithm=awm", "rollout.noise_level=0", change)
+        counts = {line[:22].strip(): line[22:].split() for line in lines}
+        assert counts["shared (what runs)"][1] == str(2 * 4 * points)  # Prompts, samples.
+
+
 def test_plan_of_a_drawn_window_differs_by_iteration(tmp_path, tiny_wan_folder, capsys):
     recipe = str(write_recipe(tmp_path, tiny_wan_folder))
     tree = "rollout.tree={kind: window, window_size: 1}"
@@ -215,6 +302,72 @@ def test_exit_codes_of_the_process(tmp_path):
     assert mistaken.returncode == 2 and "Traceback" not in mistaken.stderr
     defect = shell("defect", "train", "r.yaml")
     assert defect.returncode == 1 and "RuntimeError: a defect" in defect.stderr
+
+
+def test_what_the_machine_lacks_is_one_line(monkeypatch, capsys):
+    """A file that cannot be had, a package, Ctrl-C; anything else keeps its traceback."""
+    cases = {
+        PermissionError(errno.EACCES, "Permission denied", "out"): (
+            2, "out: Permission denied; give a place that you may use\n"
+        ),
+        OSError(errno.ENOSPC, "No space left on device", b"out"): (
+            2, "out: No space left on device; make room\n"
+        ),
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"): (
+            2, "a/b: Not a directory; name another place\n"
+        ),
+        ModuleNotFoundError("no", name="yaml.reader"): (
+            2, "the package yaml is missing: pip install 'dancegrpo-fast[train]'; `dancegrpo-fast "
+            "doctor` says what is missing\n"
+        ),
+        KeyboardInterrupt(): (3, "interrupted\n"),
+    }  # fmt: skip
+    for error, (code, told) in cases.items():
+        monkeypatch.setattr("dancegrpo_fast.cli.doctor.run", mock.Mock(side_effect=error))
+        assert (main(["doctor"]), capsys.readouterr().err) == (code, told)
+    for error in (OSError("odd"), ModuleNotFoundError("no", name="ours"), KeyError("x")):
+        monkeypatch.setattr("dancegrpo_fast.cli.doctor.run", mock.Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            main(["doctor"])
+
+
+def test_a_reader_that_has_left_is_no_defect():
+    """As in `... | head`: 128 + SIGPIPE, and not a word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "dancegrpo_fast", "score", "--list"],
+        cwd=Path(__file__).parents[1], stdout=writing, stderr=subprocess.PIPE, timeout=120,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_recipe_is_printed_in_utf_8_whatever_the_locale(tmp_path, tiny_wan_folder):
+    recipe = write_recipe(tmp_path, tiny_wan_folder, {"model.negative_prompt": chr(0x7EA2)})
+    done = subprocess.run(
+        [sys.executable, "-m", "dancegrpo_fast", "train", str(recipe), "--print-config"],
+        cwd=Path(__file__).parents[1], capture_output=True, timeout=120,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    (tmp_path / "printed.yaml").write_bytes(done.stdout)
+    assert load_config(tmp_path / "printed.yaml") == load_config(recipe)
+
+
+@pytest.mark.parametrize("package", ["pydantic", "yaml", "diffusers"])
+def test_the_core_alone_says_what_training_needs(package):
+    code = (
+        f"import sys; sys.modules['{package}'] = None; from dancegrpo_fast.cli import main;"
+        "sys.exit(main(['plan', 'recipes/demo.yaml']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"the package {package} is missing: pip install")
+    assert "Traceback" not in done.stderr
 
 
 def test_overrides_may_follow_options(tmp_path, tiny_wan_folder, capsys):

@@ -127,6 +127,9 @@ BAD_FIELDS = [
     ("output=[", "!output=[: line 1: not valid YAML: expected the node content, "
      "but found '<stream end>'"),
     ("rewards.2.weight=1", "!rewards.2.weight=1: rewards holds 2, counted from 0; there is no 2"),
+    (".seed=1", "!.seed=1: has an empty key; write it as key=value, such as rollout.steps=8"),
+    ("seed=!!bool x", "!seed=!!bool x: a value does not fit the !!tag before it; leave the tag "
+     "out"),
     ("rewards.x=1", "!rewards.x=1: rewards holds 2, counted from 0; there is no x"),
     ("iterations.x=1", "!iterations.x=1: iterations = 5 has no keys; set iterations itself"),
     ("rollout.tree.branch_steps.0=1", "!rollout.tree.branch_steps.0=1: rollout.tree.branch_steps "
@@ -160,6 +163,24 @@ def test_an_item_of_a_list_of_choices_is_named_with_the_nearest(recipe):
 def test_rewards_must_train_something(recipe, rewards, reason):
     (line,) = lines(recipe, [f"rewards={rewards}"])
     assert line.startswith("override: rewards = [") and reason in line
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 3000, "is nested too deeply to be a recipe"),
+        ("seed: !!timestamp x", "a value does not fit the !!tag before it; leave the tag out"),
+    ],
+)
+def test_what_pyyaml_trips_over_is_one_line(recipe, tmp_path, text, reason):
+    (tmp_path / "r.yaml").write_text(text)
+    assert lines(recipe) == [f"r.yaml: {reason}"]
+
+
+def test_a_key_with_dots_is_not_offered_itself(recipe, tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(RECIPE | {"model.path": "x"}))
+    told = "is no key: dots are for overrides; write sections with keys"
+    assert lines(recipe) == [f"r.yaml: model.path = 'x': {told}"]
 
 
 def test_missing_fields_say_what_they_are(recipe, tmp_path):

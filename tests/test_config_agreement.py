@@ -145,6 +145,16 @@ def test_algorithm_settings_that_make_no_sense_together(recipe, overrides, expec
          "prompt a line; leave it out"),
         (["data.prompts=P.TXT", "data.column=caption"], "data.column = 'caption': has no effect "
          "with text files, a prompt a line; leave it out"),
+        ([*WINDOW, "rollout.tree.window_size=1", "loss.timestep_fraction=0.5"],
+         "loss.timestep_fraction = 0.5: has no effect where one step is trained; use 1"),
+        (["rollout.steps=2", "loss.timestep_fraction=0.5", "loss.timesteps=first"],
+         "loss.timestep_fraction = 0.5: has no effect where one step is trained; use 1"),
+        ([*TRUNK, "rollout.tree.branches=12", "rollout.tree.branch_steps=[1]",
+          "loss.timestep_fraction=0.5", "loss.timestep_scope=group"],
+         "loss.timestep_fraction = 0.5: has no effect where one step is trained; use 1"),
+        (["loss.kind=nft", "rollout.tree.kind=independent_roots", "loss.timestep_range=[3, 4]",
+          "loss.timestep_fraction=0.5"],
+         "loss.timestep_fraction = 0.5: has no effect where one step is trained; use 1"),
         (["evaluation.seeds=4"], "evaluation.seeds = 4: has no effect without evaluation.prompts; "
          "name a file of held-out prompts, or leave this at 2"),
         (["loss.kl=x"], "loss.kl = 'x': has no effect with loss.kl_weight = 0.0; set that to a "
@@ -208,4 +218,45 @@ def test_updates_are_counted_against_the_selected_samples(recipe):
 
 
 def test_a_single_sample_is_fine_with_another_scope(recipe):
-    assert load_config(recipe, ["rollout.group_size=1", "advantage.scope=batch"])
+    single = ["rollout.group_size=1", "data.prompts_per_iteration=1"]
+    assert load_config(recipe, [single[0], "advantage.scope=batch"])
+    assert load_config(recipe, [*single, "advantage.scope=running"])
+    assert lines(recipe, [*single, "advantage.scope=batch"]) == [
+        "override: rollout.group_size = 1: one sample of one prompt has nothing in its iteration "
+        "to compare with; use 2 or more, or more prompts"
+    ]
+
+
+SPLIT = [*POINTS, "rollout.tree.branches=3", "rollout.tree.branch_steps=[0, 2]",
+         "rollout.group_size=9", "advantage.credit=siblings"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("window", "unsplit"),
+    [
+        (["window_size=2"], 1),
+        (["window_size=2", "window_order=progressive"], 1),
+        (["window_size=2", "window_order=progressive", "window_stride=2"], 4),
+        (["window_size=2", "window_range=[2, 5]"], 3),
+        (["window_size=2", "window_start=1"], 1),
+    ],
+)
+def test_siblings_need_a_split_wherever_a_window_may_begin(recipe, window, unsplit):
+    """Else the run would end in the iteration whose window begins at an only child."""
+    assert lines(recipe, [*SPLIT, *(f"rollout.tree.{field}" for field in window)]) == [
+        "override: advantage.credit = 'siblings': needs states that branch at the first trained "
+        f"step, which may be {unsplit}; add it to rollout.tree.branch_steps, or use leaf or depth"
+    ]
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        [],
+        ["window_size=2", "window_start=2"],
+        ["window_size=2", "window_range=[2, 4]"],
+        ["window_size=2", "window_order=decaying", "window_range=[0, 4]", "window_stride=2"],
+    ],
+)
+def test_siblings_with_a_split_at_each_first_trained_step(recipe, window):
+    assert load_config(recipe, [*SPLIT, *(f"rollout.tree.{field}" for field in window)])

@@ -66,12 +66,13 @@ def test_missing_training_packages_are_named_together(monkeypatch, capsys) -> No
     assert "cannot run without diffusers, peft: pip install 'dancegrpo-fast[train]'" in out
 
 
-def test_core_that_cannot_run_is_exit_code_2(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("kind", [ImportError, OSError])  # OSError: a library is missing.
+def test_core_that_cannot_run_is_exit_code_2(kind, monkeypatch, capsys) -> None:
     real = importlib.import_module
 
     def import_module(name: str) -> object:
         if name == "torch":
-            raise ImportError("libtorch_cpu.so: cannot open shared object file")
+            raise kind("libtorch_cpu.so: cannot open shared object file")
         return real(name)
 
     monkeypatch.setattr(importlib, "import_module", import_module)

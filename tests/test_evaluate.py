@@ -19,7 +19,7 @@ from tiny_models import tiny_recipe
 
 from dancegrpo_fast import evaluating
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.config import RewardConfig
+from dancegrpo_fast.config import RewardConfig, UserError
 from dancegrpo_fast.models import Family
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.report.compare import best_of, paired
@@ -315,6 +315,19 @@ def test_failed_scores_are_not_kept_and_a_cut_line_is_dropped(tmp_path):
     assert Store(tmp_path, 1).values == {"a": 1.5, "c": 2.0, "e": 3.0}
 
 
+def test_damage_in_the_store_is_named(tmp_path):
+    store = Store(tmp_path, 0)
+    for name in ("a.png", "a.mkv"):
+        (tmp_path / name).write_bytes(b"cut off")
+        with pytest.raises(UserError, match=rf"{name}: cannot be read .*remove it, and it is draw"):
+            store.read(tmp_path / name)
+    store.add({"a": 1.0})
+    with (tmp_path / "scores" / "rank-0.jsonl").open("a") as file:
+        file.write("garbage\n")
+    with pytest.raises(UserError, match=r"rank-0\.jsonl: line 2 is not what `evaluate` writes"):
+        Store(tmp_path, 0)
+
+
 def test_refusals_are_one_line(made, tmp_path, capsys):
     run, prompts, out = str(made / "run"), str(made / "p.txt"), str(tmp_path / "out")
     unfinished = tmp_path / "unfinished"
@@ -333,7 +346,11 @@ def test_refusals_are_one_line(made, tmp_path, capsys):
         (str(unfinished),): "is not finished; write what it has with `dancegrpo-fast export",
         (run, "--reward", "nicest"): "no such reward",
         (run, "--out", str(made / "p.txt")): "p.txt': is a file; name a folder",
-        (run, "--reward", "{name: hpsv2, size: 3}"): "is no reward of a recipe",
+        (run, "--reward", "{name: hpsv2, size: 3}"): "is no reward of a recipe: size: Extra",
+        (run, "--reward", "{name: hpsv2, name: red}"): "--reward: name: given twice",
+        (run, "--reward", "{name: hpsv2"): "line 1: not valid YAML: expected ',' or '}'",
+        # As in a recipe 1e-2 is a number: the next mistake is named.
+        (run, "--reward", "{name: nicest, threshold: 1e-2}"): "no such reward",
         (run, *reward(made, "Red"), *reward(made, "Red")): "is given twice",
     }
     for arguments, message in cases.items():

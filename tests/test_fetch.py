@@ -171,7 +171,7 @@ def test_folder_is_only_checked(hub, tmp_path, tiny_wan_folder, capsys):
 
 
 def test_everything_that_is_missing_is_said_before_loading(tmp_path, tiny_wan_folder):
-    """One line per component; a network's weights are not read first."""
+    """One line per component; of weights the header alone is read."""
     model = tmp_path / "model"
     shutil.copytree(tiny_wan_folder, model)
     (model / "vae" / "diffusion_pytorch_model.safetensors").unlink()
@@ -181,9 +181,8 @@ def test_everything_that_is_missing_is_said_before_loading(tmp_path, tiny_wan_fo
     with pytest.raises(UserError) as caught:
         Trainer(tiny_config(tmp_path, model), CPU)
     lines = str(caught.value).split("\n")
-    assert [Path(line.split(": ")[0]).name for line in sorted(lines)] == [
-        "text_encoder", "tokenizer", "vae"
-    ]  # fmt: skip
+    where = [Path(line.split(": ")[0]).relative_to(model).parts[0] for line in sorted(lines)]
+    assert where == ["text_encoder", "tokenizer", "transformer", "vae"]
     assert all("fetch" in line for line in lines)
 
 
@@ -242,3 +241,30 @@ def test_weights_of_rewards(hub, tmp_path, capsys):
     assert "rewards.0          tiny-org/clip: 0.0 MB in" in capsys.readouterr().out
     store = hub.cache / "models--tiny-org--clip" / "snapshots" / COMMIT
     assert [path.name for path in store.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("tokenizer/tokenizer.json", None, "tokenizer: holds no vocabulary; fetch it again"),
+        ("tokenizer/tokenizer.json", b"", "tokenizer.json: cannot be read (Expecting value"),
+        ("text_encoder/config.json", b"{", "config.json: cannot be read (Expecting property"),
+        ("text_encoder/model.safetensors", b"cut", "model.safetensors: cannot be read (Error"),
+        ("vae/config.json", b"[]", "vae/config.json: cannot be read (no object); complete the"),
+        ("scheduler/scheduler_config.json", None, "scheduler_config.json: cannot be read (No such"),
+        ("transformer/config.json", b"", "transformer/config.json: cannot be read (Expecting"),
+    ],
+)
+def test_damage_is_said_in_one_line(tmp_path, tiny_wan_folder, capsys, name, content, told):
+    """Without a vocabulary transformers makes a tokenizer that knows no word, and says nothing."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_wan_folder, model)
+    (model / name).unlink()
+    if content is not None:
+        (model / name).write_bytes(content)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(tmp_path, model)))
+    capsys.readouterr()
+    assert main(["train", str(recipe)]) == 2
+    (line,) = [x for x in capsys.readouterr().err.split("\n") if str(model) in x]
+    assert told in line

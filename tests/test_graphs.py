@@ -9,6 +9,7 @@ import torch
 from tiny_models import CPU, tiny_config
 
 from dancegrpo_fast.config import ParallelConfig, UserError
+from dancegrpo_fast.parallel.activations import prepare_blocks
 from dancegrpo_fast.parallel.graphs import _CHECKED, Graphs, check_graphs
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.trainer import Trainer
@@ -175,3 +176,25 @@ def test_a_generation_begins_with_each_forward_but_inside_a_pending_backward(mon
         for _ in range(3):
             network(hidden_states=torch.randn(3, 4))
     assert len(begun) == 3
+
+
+def test_compiled_blocks_of_many_kinds_of_calls_stay_compiled(monkeypatch):
+    """torch runs what is new uncompiled once a class has eight graphs."""
+    graphs: list[Any] = []
+
+    def counted(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    network, compiling = torch.nn.Module(), torch.nn.Module.compile
+    network.blocks = torch.nn.ModuleList(Block() for _ in range(2))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, mode=None: compiling(self, backend=counted)
+    )
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        prepare_blocks(network, ParallelConfig(compile=True, checkpointing="none"), ("blocks",))
+        for axes in range(12):
+            for block in network.blocks:
+                block(torch.randn(*[1] * axes, 2, 4))
+    assert len(graphs) == 12

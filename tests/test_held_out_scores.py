@@ -12,7 +12,7 @@ import torch
 from tiny_models import tiny_config
 from torch import Tensor, nn
 
-from dancegrpo_fast.config import EvaluationConfig, Interrupted
+from dancegrpo_fast.config import EvaluationConfig, Interrupted, UserError
 from dancegrpo_fast.held_out import HeldOut
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.prompt import Prompt
@@ -168,6 +168,23 @@ def test_a_prompt_with_dollar_signs_is_no_formula(tmp_path):
     file = tmp_path / "report.png"
     write_picture(file, line, line, [0, 0], ["$a_b_c$ or $\\frob$"], clips, clips)
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("prompt", [chr(0x7EA2) * 30, "a dot " * 4000, "a\nb"])
+def test_the_picture_of_any_prompt_is_drawn_without_a_word(tmp_path, prompt):
+    """A font without a prompt's letters said so once for each of them."""
+    clips = np.zeros((1, 2, 3, 8, 8), np.uint8)
+    assert write_picture(tmp_path / "r.png", [(0, 0.1)], [], [], [prompt], clips, clips).is_file()
+
+
+@pytest.mark.parametrize("kept", [0, 20, 400])
+def test_a_kept_evaluation_that_was_cut_off_is_named(tmp_path, kept):
+    path = tmp_path / "evaluation-base-1.npz"
+    result(np.ones((3, 2)), np.ones((3, 2)), ("a",)).base.save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"base-1\.npz: cannot be read .*the base is evaluated ag"):
+        Evaluation.load(path)
 
 
 def test_the_picture_of_a_run_whose_evaluations_failed(tmp_path):

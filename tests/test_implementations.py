@@ -23,6 +23,7 @@ from dancegrpo_fast.ops import (
     selected,
     transition_log_prob,
 )
+from dancegrpo_fast.ops.noise import NoiseKey, normal
 
 M = randn(2, 6)
 
@@ -193,9 +194,41 @@ def test_function_transforms_are_refused_not_ignored(implementation: str) -> Non
     if implementation == "reference":
         pytest.skip("the reference takes what torch takes")
     m, x, rows = randn(2, 6), randn(2, 6, seed=1), table(3, 4)
-    for transform in (torch.func.grad, torch.func.vmap):
-        with pytest.raises((ValueError, RuntimeError)):
-            transform(lambda t: transition_log_prob(t, x, x, rows).sum())(m)
+    transforms = (
+        torch.func.grad,
+        torch.func.vmap,
+        torch.func.functionalize,  # its tensors say they have memory, and have none
+        lambda function: lambda m: torch.func.jvp(function, (m,), (m,)),
+    )
+    calls = (
+        lambda t: transition_log_prob(t, x, x, rows).sum(),
+        lambda t: policy_loss(t, x, x, rows, torch.ones(2)).loss,
+        lambda t: nft_loss(t, x, x, torch.ones(2), torch.ones(2), old_output=x).loss,
+        lambda t: sample_transition(t[1:], x[1:], rows[1:], noise=x[1:]).log_prob.sum(),
+    )
+    for transform in transforms:
+        for call in calls:
+            with pytest.raises(ValueError, match="under a torch.func transform"):
+                transform(call)(m)
+
+
+def test_noise_under_functionalize_is_refused(implementation: str) -> None:
+    if implementation == "reference":
+        pytest.skip("the reference does not look at addresses")
+    key = NoiseKey.from_seed(0).draw()
+    with pytest.raises(ValueError, match="functionalize has no plain memory"):
+        torch.func.functionalize(lambda m: m + normal((6,), key))(randn(2, 6))
+
+
+def test_forward_mode_tangents_are_refused_not_dropped(implementation: str) -> None:
+    if implementation == "reference":
+        pytest.skip("the reference takes what torch takes")
+    m, x, rows = randn(2, 6), randn(2, 6, seed=1), table(3, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(m, torch.ones_like(m))
+        for mode in (torch.no_grad, torch.enable_grad):
+            with mode(), pytest.raises(NotImplementedError, match="jvp"):
+                transition_log_prob(dual, x, x, rows)
 
 
 # ------------------------------------------------------------------ the core's imports

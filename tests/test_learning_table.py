@@ -58,11 +58,13 @@ def test_lines_are_means_over_seeds_best_first_and_missing_last() -> None:
     lines = algorithms.table(rows, GROUP)
     assert [line[0] for line in lines[:2]] == ["AWM", "Flow-CPS"]
     assert all(line[1] == "not run" for line in lines[2:]) and len(lines) == len(GROUP.algorithms)
-    # sqrt(0.01^2 + 0.02^2) / 2 = 0.0112; 1000 + 2.35 * 100 evaluations.
+    # (0.01 + 0.02) / 2, more than 0.0141 / sqrt(2) of the seeds; 1000 + 2.35 * 100 evaluations.
     assert lines[1][1:] == [
-        "0, 1", "0.640", "+0.040", "0.0112", "+3.6", "1.00", "4", "1000", "1235", "50", "20"
+        "0, 1", "0.640", "+0.040", "0.015", "+0.030 +0.050", "1.00", "4", "1000", "1235", "50", "20"
     ]  # fmt: skip
     assert lines[0][1] == "2" and lines[0][-1] == "not reached"
+    apart = [row("AWM", seed, gain) for seed, gain in enumerate((0.0, 0.03, 0.06))]
+    assert algorithms.table(apart, GROUP)[0][4] == "0.017"  # 0.03 / sqrt(3), more than 0.01.
 
 
 def test_recipes_load_and_hashes_tell_apart_what_a_row_depends_on() -> None:

@@ -108,6 +108,20 @@ def test_a_clip_is_named_by_its_tag_and_iteration(tmp_path):
     assert (tmp_path / "a.gif").read_bytes() == clip.path.read_bytes()
 
 
+def test_clips_of_one_iteration_keep_their_files(tmp_path):
+    """Prompts in letters that a file's name does not keep, and equal beginnings."""
+    texts = (chr(0x7EA2), chr(0x84DD), "x" * 90 + "1", "x" * 90 + "2")
+    tags = [f"held out {text}" for text in texts]
+    with RunLog(run_config(tmp_path), True, resumed=None) as log:
+        log.write(0, {}, [(tag, torch.full((2, 3, 8, 8), n / 4)) for n, tag in enumerate(tags)])
+    files = sorted((tmp_path / "clips").glob("*_000000.gif"))
+    assert len({file.read_bytes() for file in files}) == len(files) == 4
+    shown = [board(tmp_path).Images(tag)[0].encoded_image_string for tag in tags]
+    assert len(set(shown)) == 4 and files[0].name == "held_out_000000.gif"
+    clip = save_clip(tmp_path / "clips", chr(0x7EA2), moving_dot(), 3, fps=240)
+    assert clip.path.name == "clip_000003.gif"
+
+
 # --- files
 
 

@@ -334,6 +334,8 @@ OFFSETS = torch.tensor([0, 1, 2])
         (bad_loss(divisor=0.0), "divisor = 0.0"),
         (bad_loss(clip_range=-0.1), "clip_range = -0.1"),
         (bad_loss(clip_range=(1.5, 0.1)), "clip_range"),
+        (bad_loss(clip_range=(1.0, math.inf)), r"finite; \(1.0, 1e9\) does not clip"),
+        (bad_sample(model_output=randn(2, 0), latents=randn(2, 0)), "latent .* has no elements"),
         (bad_loss(kl_weight=0.1), "without reference_output"),
         (bad_loss(kl_weight=-0.1), "kl_weight = -0.1"),
         (bad_loss(old_output=randn(2, 6)), "old_output without old_log_prob"),

@@ -315,6 +315,10 @@ def test_memory_by_the_sizes_of_the_weights(tmp_path, model):
     assert not {"reference", "temporary"} & set(rows), "the optimizer is fused"
     kl = planner_of(tiny_config(tmp_path, model, {"loss.kl_weight": 0.1})).estimate(ALONE)
     assert kl.memory.phases["train"]["reference"] == rows["weights"]
+    narrow = tiny_config(tmp_path, model, {"loss.kl_weight": 0.1, "model.dtype": "bfloat16"})
+    phases = planner_of(narrow).estimate(ALONE).memory.phases
+    assert phases["train"]["reference"] == 2 * parameters + 3072, "it is frozen"
+    assert phases["train"]["weights"] == 4 * parameters + 3072
     # Half the weights a process, whole slices of the first axis: a little more than half.
     shared = planner_of(tiny_config(tmp_path, model)).estimate(Hardware(2)).memory.phases["step"]
     assert 4 * parameters <= shared["optimizer"] <= 4.2 * parameters

@@ -10,12 +10,13 @@ import yaml
 from tiny_models import tiny_config, tiny_recipe, tiny_wan
 
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.config import ParallelConfig, RunConfig, UserError
+from dancegrpo_fast.config import ParallelConfig, RunConfig, UserError, load_config
 from dancegrpo_fast.models import open_family
 from dancegrpo_fast.planner import Hardware, Planner, largest_batches
 from dancegrpo_fast.planner.batches import FIELDS, _largest, image_tokens
-from dancegrpo_fast.planner.estimate import meshes
+from dancegrpo_fast.planner.meshes import COMPARED, engines, meshes
 from dancegrpo_fast.planner.network import Networks
+from dancegrpo_fast.planner.table import batch_lines, compared_text, mesh_text
 from dancegrpo_fast.planner.traffic import Mesh, exchanged
 from dancegrpo_fast.planner.work import work_of
 
@@ -27,6 +28,12 @@ def model(tmp_path_factory) -> Path:
 
 def planner_of(config: RunConfig) -> Planner:
     return Planner(config, open_family(config.model))
+
+
+@pytest.fixture(scope="module")
+def networks(model, tmp_path_factory) -> Networks:
+    """Of the recipe without changes: recipes that differ in `parallel` share what calls cost."""
+    return planner_of(tiny_config(tmp_path_factory.mktemp("planner"), model)).networks
 
 
 # ---- traffic -------------------------------------------------------------------------------------
@@ -72,7 +79,8 @@ def test_the_recommended_mesh_fits_and_is_the_fastest(tmp_path, model):
     assert best.config.parallel.checkpointing == "none", "there is room for all activations"
     assert best.config.parallel.gather_rollout
     assert any("gather_rollout=false takes" in reason for reason in reasons)
-    assert all(best.total <= other.total for other in planner._candidates(hardware))
+    others = list(planner._candidates(hardware, planner.config.parallel))
+    assert len(others) > 10 and all(best.total <= other.total for other in others)
     # Less memory: blocks are computed again, or weights are spread wider.
     need = best.memory.total(best.memory.peak)
     least = planner.smallest(hardware)
@@ -81,6 +89,111 @@ def test_the_recommended_mesh_fits_and_is_the_fastest(tmp_path, model):
     tight = planner.recommend(small)
     assert tight is not None and tight[0].fits(small) and tight[0].total >= best.total
     assert planner.recommend(Hardware(4, machine=2, memory=1e3)) is None
+
+
+OF_ZERO = {"parallel.engine": "deepspeed", "parallel.zero_stage": 3}
+ENGINES = {
+    "ddp": {"parallel.engine": "ddp"},
+    "zero": OF_ZERO,
+    "zero, host": OF_ZERO | {"parallel.offload_optimizer": True},
+}
+
+
+@pytest.mark.parametrize("changes", ENGINES.values(), ids=ENGINES)
+def test_the_engine_is_the_recipes_unless_nothing_of_it_fits(tmp_path, model, networks, changes):
+    """And what is recommended is a recipe that is accepted, with the overrides as printed."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(tmp_path, model, changes)))
+    config = load_config(recipe)
+    planner, given = Planner(config, networks.family, networks), config.parallel
+    hardware = Hardware(2)
+    found = planner.recommend(hardware)
+    assert found is not None
+    assert found[0].config.parallel.engine == given.engine
+    assert f"engine {given.engine}, the recipe's, with" in compared_text(found[0], given)
+    pasted = load_config(recipe, mesh_text(found[0], given).split())
+    assert pasted.parallel == found[0].config.parallel
+    # Whole weights, or whole gradients beside activations: only FSDP's slices are smaller.
+    kinds = list(engines(given, hardware))
+    assert [kind.engine for kind in kinds] == [given.engine, "fsdp"]
+    need = [
+        min(e.memory.total(e.memory.peak) for e in planner._candidates(hardware, kind))
+        for kind in kinds
+    ]
+    assert need[1] < need[0]
+    tight = Hardware(2, memory=sum(need) / 2 / 0.9)
+    found = planner.recommend(tight)
+    assert found is not None and found[0].config.parallel.engine == "fsdp"
+    assert f"engine {given.engine}, the recipe's, of which nothing fits, and fsdp" in (
+        compared_text(found[0], given)
+    )
+    pasted = load_config(recipe, mesh_text(found[0], given).split())
+    assert pasted.parallel == found[0].config.parallel
+    assert Planner(pasted, networks.family, networks).estimate(tight).fits(tight)
+
+
+def test_reasons_name_what_is_compared(tmp_path, model, networks):
+    planner = Planner(tiny_config(tmp_path, model, OF_ZERO), networks.family, networks)
+    found = planner.recommend(Hardware(4, machine=2, link=1e6))
+    assert found is not None
+    best, why = found
+    # 20216 weights: stage 2 exchanges them in every micro-batch, stage 3 gathers them as well.
+    assert best.config.parallel.zero_stage == 1
+    assert [text.partition("=")[0] for text in why] == [f for (f,) in COMPARED["deepspeed"]]
+    assert len(list(meshes(planner.config.parallel, Hardware(4)))) == 3 * 3
+
+
+def test_nothing_is_recommended_that_the_recipe_refuses(tmp_path, model, networks):
+    """`rollout.pool_dtype` is refused with sp; a split would need the least memory here."""
+    pool = {"rollout.group_size": 8, "advantage.best_of_n": 2, "rollout.redraw": True}
+    degrees = {}
+    for dtype in (None, "bfloat16"):
+        changes = pool | {"rollout.pool_dtype": dtype}
+        planner = Planner(tiny_config(tmp_path, model, changes), networks.family, networks)
+        found = planner._candidates(Hardware(2), planner.config.parallel)
+        degrees[dtype] = {e.config.parallel.sp for e in found}
+    assert degrees == {None: {1, 2}, "bfloat16": {1}}
+
+
+@pytest.mark.parametrize("gpus", [3, 6, 7])
+def test_gpus_of_one_machine_are_inside_it(tmp_path, model, networks, gpus):
+    """Also where their number does not divide the machine's."""
+    planner = Planner(tiny_config(tmp_path, model), networks.family, networks)
+    received = planner.estimate(Hardware(gpus, machine=8)).received
+    assert all(moved.inside > 0 and moved.between == 0 for moved in received.values())
+    across = planner.estimate(Hardware(gpus, machine=2)).received
+    assert all(moved.inside == 0 and moved.between > 0 for moved in across.values())
+    assert Mesh(2, 6, 8).in_machine(6) is False, "the second copy stands in two machines"
+
+
+def test_what_of_zero_3_is_whole_and_what_in_slices(tmp_path, model, networks):
+    """A rollout has the whole network; the average is of slices, and so is a snapshot's copy."""
+    config = tiny_config(tmp_path, model, OF_ZERO | {"policy.ema_decay": 0.9})
+    planner = Planner(config, networks.family, networks)
+    memory = planner.estimate(Hardware(4)).memory
+    phases, network = memory.phases, networks.networks["transformer"]
+    assert memory.host == 4 * 4 * network.elements() / 4, "weights, two moments, the average"
+    two = planner.estimate(Hardware(4), config.parallel.model_copy(update={"zero_stage": 2}))
+    assert two.memory.host == 4 * network.elements() * (2 / 4 + 2)
+    assert phases["rollout"]["gathered weights"] == phases["train"]["gathered weights"]
+    assert phases["rollout"]["gathered weights"] == network.stored() == 4 * network.elements()
+    assert phases["step"]["average"] == network.elements()
+    assert "gathered weights" not in phases["step"]
+
+
+def test_the_iteration_that_is_planned(tmp_path, model, networks):
+    """A later window has a longer trunk, which all samples share."""
+    changes = {"rollout.tree": {"kind": "window", "window_size": 1, "window_order": "progressive",
+                                "window_iterations": 1}}  # fmt: skip
+    config = tiny_config(tmp_path, model, changes)
+    drawn = []
+    for iteration in (0, 2):
+        planner = Planner(config, networks.family, networks, iteration=iteration)
+        work = planner.work(1, 1)
+        drawn.append(sum(work.rollout["transformer"]))
+        window = [s.step for s in work.plan.states if s.trained]
+        assert set(window) == {iteration + 1}
+    assert drawn == [2 * (1 + 3 * 4), 2 * (3 + 1 * 4)]
 
 
 def test_zero_steps_its_own_slice(tmp_path, model):
@@ -179,7 +292,8 @@ def test_batches_that_must_be_equal_are_found_together(tmp_path, model):
 
 def test_no_mesh_is_recommended_that_graphs_are_refused_on(tmp_path, model):
     planner = planner_of(tiny_config(tmp_path, model, {"parallel.compile": "graphs"}))
-    kinds = {e.config.parallel.checkpointing for e in planner._candidates(Hardware(1))}
+    found = planner._candidates(Hardware(1), planner.config.parallel)
+    kinds = {e.config.parallel.checkpointing for e in found}
     assert kinds == {"none"}, "a start with another would be refused"
     with pytest.raises(UserError, match="parallel.compile = 'graphs': not verified on several"):
         planner.estimate(Hardware(2))
@@ -192,6 +306,10 @@ def test_the_command(tmp_path, model, capsys):
     text = capsys.readouterr().out
     assert "nothing shared" in text and "recommended:" in text and "projected" in text
     assert "rollout.batch_size=4, 4 x 12 image tokens a call" in text
+    assert "compared: engine fsdp, the recipe's, with values of dp_replicate" in text
+    assert "gate/max_gap" not in text
+    found = batch_lines({"rollout.batch_size": 2}, None, compared=True)
+    assert found[1] == "  rollout.batch_size=2" and "gate/max_gap" in found[2]
     assert main(["plan", str(recipe), "--gpus", "1", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["recipe"]["fits"]

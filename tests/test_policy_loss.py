@@ -141,6 +141,15 @@ def test_on_policy_is_the_policy_gradient() -> None:
     assert torch.allclose(gradient, wanted, rtol=1e-11, atol=1e-15)
 
 
+def test_a_clip_range_may_be_a_list_as_configuration_files_give_it() -> None:
+    batch = Ragged()
+    assert torch.equal(batch.call(clip_range=[1e-3, 2e-3]).loss, batch.call().loss)
+    open_range = batch.call(clip_range=(1.0, 1e9), kl_weight=0.0)
+    ratio = torch.exp(open_range.log_prob - batch.old)
+    plain = -(ratio[:, None] * batch.parts.sum(-1) * batch.u).sum() / batch.weights.sum()
+    torch.testing.assert_close(open_range.loss.detach(), plain, rtol=1e-12, atol=0)
+
+
 def test_advantage_forms_agree() -> None:
     batch = Ragged(1)
     signed = randn(len(batch.y), seed=9)

@@ -76,6 +76,16 @@ def test_a_number_without_effect_is_refused():
         pool.chunks(rollout(chunk=3), leaf_owners(2, 6, 1), waiting=False)
 
 
+def test_frames_that_no_sample_has_are_refused_before_anything_is_loaded(tmp_path):
+    rewards = Path(__file__).parent / "tiny_models.py"
+    first = {"name": f"{rewards}:Bright", "frames": [0, -5]}
+    pool.check_frames(tiny_config(tmp_path, tmp_path, {"rewards": [first]}))
+    second = {"name": f"{rewards}:FailsOnFail", "frames": [0, 5]}
+    config = tiny_config(tmp_path, tmp_path, {"rewards": [first, second]})
+    with pytest.raises(UserError, match=r"rewards.1.frames = \[0, 5\]: .* model.frames = 5, no 5;"):
+        Trainer(config, CPU)
+
+
 def test_redraw_needs_best_of_n(tmp_path):
     with pytest.raises(ValueError, match="rollout.redraw = true: needs advantage.best_of_n"):
         tiny_config(tmp_path, tmp_path, {"rollout.redraw": True})
@@ -164,10 +174,15 @@ def test_in_larger_batches_they_agree_up_to_rounding(tmp_path, tiny_wan_folder):
 
 
 def test_only_one_part_is_alive(tmp_path, tiny_wan_folder):
-    """While a part is drawn nothing of the one before is left but its rewards."""
-    trainer = Trainer(tiny_config(tmp_path, tiny_wan_folder, POOL | AGAIN), CPU)
+    """While a part is drawn nothing of the one before is left but its rewards.
+
+    And of a part itself only samples: no outputs that nobody will train on.
+    """
+    changes = {"loss.ratio_norm": True, "loss.old_log_prob": "rollout"}
+    trainer = Trainer(tiny_config(tmp_path, tiny_wan_folder, POOL | AGAIN | changes), CPU)
     parts: list[weakref.ref] = []
     stored: list[int] = []
+    outputs: list[int] = []
     sample = trainer.sample
 
     def watched(*arguments: Any, **named: Any) -> Any:
@@ -176,12 +191,14 @@ def test_only_one_part_is_alive(tmp_path, tiny_wan_folder):
         drawn = sample(*arguments, **named)
         parts.append(weakref.ref(drawn))
         stored.append(len(drawn.latents))
+        outputs.append(len(drawn.outputs))
         return drawn
 
     trainer.sample = watched  # type: ignore[method-assign]
     trainer.iteration()
     # Two samples in each of six parts; then of 2 prompts x 2 samples a root and two trained steps.
     assert stored == [2] * 6 + [2 * (1 + 2 * 2)]
+    assert outputs == [0] * 6 + [2 * (1 + 2)]
 
 
 # ---- two processes -------------------------------------------------------------------------------

@@ -166,7 +166,8 @@ def test_one_sample_is_not_compared_with_itself(tmp_path) -> None:
         f"{tmp_path / 'r.yaml'}: rollout.group_size = 1: one sample has no group to compare with; "
         "use 2 or more, or advantage.scope = batch or running"
     )
-    load_config(tmp_path / "r.yaml", ["advantage.scope=batch"])
+    several = ["advantage.scope=batch", "data.prompts_per_iteration=2"]
+    load_config(tmp_path / "r.yaml", several)
 
 
 def test_nonsense_is_refused_with_the_reason(tmp_path) -> None:

@@ -7,6 +7,7 @@ import importlib
 import json
 import py_compile
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from tiny_models import tiny_config
 
 from dancegrpo_fast.cli import main
-from dancegrpo_fast.profiling import Profile
+from dancegrpo_fast.profiling import Profile, tally
 from dancegrpo_fast.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,13 @@ def test_an_iteration_that_the_run_does_not_have(number, tmp_path, capsys):
     assert main(["train", recipe, f"output={tmp_path / 'run'}", "--profile", number]) == 2
     assert f"--profile = {number}: must be an iteration of the run" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_launches_of_torch_and_of_triton_are_counted():
+    names = {"cudaLaunchKernel": 2, "cuLaunchKernelEx": 3, "aten::_local_scalar_dense": 1,
+             "nccl:all_reduce": 4, "cudaMemcpyAsync": 5}  # fmt: skip
+    told = tally(Counter(names))
+    assert (told.launches, told.values, told.collectives) == (5, 1, {"nccl:all_reduce": 4})
 
 
 def test_only_known_lines_of_ours_wait_for_values(profiled):

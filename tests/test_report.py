@@ -162,6 +162,20 @@ def test_a_damaged_record_is_named(tmp_path, damage):
         read_records(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "damage"), [("summary.json", "{}"), ("audit.json", '{"a": 1}')])
+def test_a_file_of_something_else_is_named(run, name, damage):
+    (run / name).write_text(damage)
+    with pytest.raises(UserError, match=rf"{name}: is not what a run writes; write it again or"):
+        write_page(run)
+
+
+def test_a_clip_that_was_cut_off_costs_itself_only(run):
+    (run / "evaluations" / "000004" / "0007.webp").write_bytes(b"RIFF")
+    found = read(write_page(run))
+    assert "unreadable" in found.text and 'before: a "red" <dot>' in found.images()
+    assert 'after: a "red" <dot>' not in found.images()
+
+
 def test_a_large_clip_is_made_small_and_keeps_its_length(tmp_path):
     clip = np.zeros((40, 3, 300, 512), np.uint8)
     clip[20:] = 200

@@ -9,7 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from tiny_models import CPU, tiny_config, tiny_recipe
 from dancegrpo_fast import checkpoint
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import Interrupted, RunConfig, UserError
+from dancegrpo_fast.held_out import HeldOut
 from dancegrpo_fast.report.evaluate import Evaluation
 from dancegrpo_fast.run import train
 from dancegrpo_fast.trainer import Trainer
@@ -387,6 +391,28 @@ def test_resume_with_other_held_out_prompts_measures_the_base_anew(
     assert np.array_equal(Evaluation.load(kept[0]).scores, first.scores)
     for name, value in state_of(config)[0].items():
         assert torch.equal(value, before[name]), f"{name} was not put back"
+
+
+def test_all_measure_the_base_where_one_process_cannot_see_the_kept_one(
+    tmp_path, tiny_wan_folder, monkeypatch
+):
+    """Another machine's folder may lag behind: alone in an evaluation, it would wait for ever."""
+    prompts = tmp_path / "held.txt"
+    prompts.write_text("a red dog")
+    changes = {"evaluation.prompts": str(prompts)}
+    held_out = HeldOut(tiny_config(tmp_path, tiny_wan_folder, changes))
+    scores = np.zeros((1, 2, 1))
+    found = Evaluation(scores, ("bright",), scores[..., :0], (), np.zeros(1), np.zeros(1))
+    measured = []
+    monkeypatch.setattr(HeldOut, "_evaluate", lambda *_: measured.append(1) or found)
+    for answer, expected in ((0, []), (1, [1])):  # What the other process says.
+        world = SimpleNamespace(is_main=True, all_reduce=lambda v, op, a=answer: v.clamp_(min=a))
+        trainer = SimpleNamespace(world=world, untrained=nullcontext, done=1)
+        if not answer:
+            held_out.untrained(trainer, mock.Mock())
+            measured.clear()
+        held_out.untrained(trainer, mock.Mock())
+        assert measured == expected
 
 
 def test_a_failed_reward_of_weight_zero_enters_no_total():

@@ -16,7 +16,7 @@ from tiny_models import tiny_config, tiny_recipe
 
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import EvaluationConfig
-from dancegrpo_fast.models import load_family
+from dancegrpo_fast.models import Family, load_family
 from dancegrpo_fast.ops.noise import NoiseKey
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.report.evaluate import initial_latents
@@ -174,6 +174,42 @@ def test_best_of_n(tmp_path, tiny_wan_folder):
     sampled(tmp_path / "all", recipe, "--best-of", "6", "--seeds", "6", "--reward", reward)
     lines = [json.loads(x) for x in (tmp_path / "all" / "samples.jsonl").read_text().splitlines()]
     assert [lines[i]["scores"]["red"] is None for i in range(12)] == ([False] * 5 + [True]) * 2
+
+
+def test_a_sample_that_is_no_number_is_never_the_best(tmp_path, tiny_wan_folder, monkeypatch):
+    """In eight bits it is black, which some rewards like."""
+    (tmp_path / "dark.py").write_text(
+        "class Dark:\n    name = 'dark'\n    def __call__(self, videos, prompts):\n"
+        "        return -videos.mean(dim=(1, 2, 3, 4))\n"
+    )
+    drawn = Family.draw
+
+    def draw(*arguments):
+        return drawn(*arguments).index_fill(0, torch.tensor([1]), torch.nan)
+
+    monkeypatch.setattr(Family, "draw", draw)
+    recipe, out = write_recipe(tmp_path, tiny_wan_folder, STILL), tmp_path / "out"
+    dark = ["--reward", f"{tmp_path}/dark.py:Dark"]
+    options = ["--prompt", "a dot", "--best-of", "3", "--seeds", "3", *dark, *dark]
+    assert main(["sample", recipe, *options, "--out", str(out)]) == 0
+    lines = [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
+    assert [x["scores"]["dark"] is None for x in lines] == [False, False, True]
+    assert lines[2]["seed"] == 1
+
+
+def test_what_was_drawn_before_an_interrupt_keeps_its_line(tmp_path, tiny_wan_folder, monkeypatch):
+    drawn = Family.draw
+
+    def draw(family, pipeline, prompts, *arguments):
+        if prompts[0].text == PROMPTS[1]:
+            raise KeyboardInterrupt
+        return drawn(family, pipeline, prompts, *arguments)
+
+    monkeypatch.setattr(Family, "draw", draw)
+    recipe = write_recipe(tmp_path, tiny_wan_folder, {**STILL, "evaluation.batch_size": 1})
+    assert main(["sample", recipe, *ASKED, "--out", str(tmp_path / "out")]) == 3
+    (line,) = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["prompt"] == PROMPTS[0]
 
 
 def test_best_by_the_recipes_rewards(tmp_path, tiny_wan_folder):
@@ -382,6 +418,10 @@ def test_refusals_are_one_line(tmp_path, tiny_wan_folder, run, capsys):
         (recipe, "--weights", str(tiny_wan_folder), "--lora-scale", "1"): "are no LoRA",
         (str(run), "--weights", str(run / "final")): "goes with a recipe",
         (recipe, "--reward", "nicest"): "no such reward",
+        (recipe, "--seed", "-1"): "--seed = -1: must be from 0 to 2**63 - 1",
+        (recipe, "--gif", "--fps", "101"): "--fps = 101: a GIF has at most 100",
+        (recipe, "--prompt", " "): "--prompt = ' ': the prompt is empty",
+        (recipe, "--prompt", "\udcff"): "--prompt = '\\udcff': is not UTF-8 text",
         (recipe, "--out", str(full)): "is a file or not empty; name a new folder",
         (recipe, "--out", str(full / "file")): "is a file or not empty; name a new folder",
     }

@@ -59,12 +59,22 @@ def test_a_stream_without_unicode_gets_plain_marks(caplog):
 
 def test_a_terminal_gets_a_bar_and_no_lines(caplog, monkeypatch):
     caplog.set_level(logging.INFO)
+    monkeypatch.setenv("TERM", "xterm")
     stream = Stream()
     stream.tty = True
     show_three(stream)
     last = stream.getvalue().split("\r")[-1]
     assert "4/5" in last and "reward=0.375" in last and "trend=\u2581\u2588\u2585" in last
     assert caplog.messages == []
+
+
+def test_a_dumb_terminal_gets_lines(caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Stream()
+    stream.tty = True
+    show_three(stream)
+    assert stream.getvalue() == "" and "reward 0.375" in caplog.messages[-1]
 
 
 def test_other_processes_show_nothing(caplog):

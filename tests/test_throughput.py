@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ import ladder
 import measuring
 import scaling
 import slices
+
+from dancegrpo_fast.parallel.world import World
 
 SIZE = {"height": 32, "width": 32, "frames": 5, "group_size": 3, "steps": 4, "batch": 3}
 
@@ -109,6 +112,64 @@ def test_a_whole_is_composed_by_counts():
     whole = slices.composition(part, {"drawn": 50, "trained": 40, "samples": 12})
     # 2 s a state drawn, 1 s a sample, 5 s a state trained and one optimizer step of 1 s.
     assert whole["seconds"] == {"sample": 100.0, "score": 12.0, "update": 201.0}
+
+
+def test_a_published_iteration_is_composed_and_not_run(monkeypatch, capsys):
+    """Its own entry in the ladder is the slice: composed onto itself it would say nothing."""
+    measured = []
+
+    def measure(name: str, rungs: Any, rounds: int, **rollout: Any) -> dict[str, Any]:
+        measured.append(rollout)
+        cost = {stage: 1.0 for stage in ("sample", "score", "update")}
+        row = {f"{stage}_seconds": second for stage, second in cost.items()}
+        row |= {"step_seconds": 0.0, "forwards": 13, "trained": 9, "samples": 4}
+        ran = rungs if rollout == slices.SLICE else rungs[1:]  # The first did not fit.
+        return {"rows": [row | {"rung": rung.name} for rung in ran], "agreement": []}
+
+    monkeypatch.setattr(slices, "measure", measure)
+    found = slices.compared("hunyuan", 1)
+    assert measured == [slices.SLICE]
+    assert found["whole"] == slices.WHOLE["hunyuan"]
+    # 24 chains of 16 steps of which 15 train; shared: the noise they begin with.
+    public, ours = (row["counts"] for row in found["extrapolated"])
+    assert public == {"drawn": 24 * 16, "trained": 24 * 15, "samples": 24}
+    assert ours == {"drawn": 1 + 24 * 15, "trained": 1 + 24 * 14, "samples": 24}
+    assert "not run" in capsys.readouterr().out
+    found = slices.compared("small_wan", 1)
+    assert measured[1:] == [slices.SLICE, {"group_size": 12, "steps": 10}]
+    assert ["measured" in row for row in found["extrapolated"]] == [False, True]
+
+
+def test_a_gpu_runs_first_what_says_most_and_ends_in_time(monkeypatch):
+    rungs = ladder.ladder(compiled=True, kept="selective")
+    assert rungs[4].name == "+ less recomputation" and rungs[4].checkpointing == "selective"
+    clock = [0.0]
+
+    class Subject:
+        def __init__(self, name: str, rung: ladder.Rung, *_: Any, **__: Any) -> None:
+            self.rung, family = rung, SimpleNamespace(dtype=torch.float32)
+            self.trainer = SimpleNamespace(family=family)
+            self.found = {"samples": torch.ones(1), "loss": 0.0, "norm": 1.0}
+
+    def run(subjects: list[Subject], *_: Any) -> None:
+        clock[0] += 100.0
+        if subjects[0].rung.name == "+ states shared in training":
+            raise torch.cuda.OutOfMemoryError("no room\nfor it")
+
+    gpu = World(0, 1, torch.device("cuda"))
+    monkeypatch.setattr(measuring.World, "from_environment", lambda: gpu)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measuring, "Subject", Subject)
+    monkeypatch.setattr(measuring, "_run", run)
+    monkeypatch.setattr(measuring, "peak", lambda *_: 1.0)
+    monkeypatch.setattr(measuring, "_row", lambda s, *_: {"rung": s.rung.name})
+    found = measuring.measure("wan", rungs, 1, seconds=520.0)
+    names = ["public pattern", "+ states shared in the rollout", "+ samples batched",
+             "+ blocks compiled"]  # fmt: skip
+    assert [row["rung"] for row in found["rows"]] == names, "in the order of the ladder"
+    assert found["not_run"][0] == ("+ states shared in training", "no room")
+    late = [rung for rung, why in found["not_run"][1:] if "not end within 520 s" in why]
+    assert late[0] == "+ less recomputation" and len(late) == len(rungs) - 5
 
 
 def test_the_rate_of_the_figure():

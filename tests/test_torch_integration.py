@@ -329,3 +329,15 @@ def test_autocast_and_inference_mode_change_nothing() -> None:
             assert torch.equal(call(batch.m), expected[name])
         with torch.inference_mode():
             assert torch.equal(call(batch.m), expected[name])
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_what_a_rollout_in_inference_mode_made_can_be_trained_on(name: str) -> None:
+    batch, plain = Batch(), Batch()
+    with torch.inference_mode():
+        for key, tensor in vars(batch).items():
+            if key not in ("m", "per_child"):  # per_child is the test's own factor
+                setattr(batch, key, tensor.clone())
+    found = value_and_gradient(batch.scalars()[name], batch.m)
+    expected = value_and_gradient(plain.scalars()[name], plain.m)
+    assert batch.x.is_inference() and all(map(torch.equal, found, expected))

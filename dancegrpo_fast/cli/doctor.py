@@ -81,7 +81,7 @@ def _python() -> Line:
 def _core_package(name: str) -> Line:
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library of it that does not load.
         return Line("missing", name, f"does not import ({error}): pip install {name}")
     return Line("ok", name, str(module.__version__))
 

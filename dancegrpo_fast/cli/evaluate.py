@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         args.format, args.prompts, column=args.column, limit=args.limit, expect=args.expect
     )
     world, out = World.from_environment(), Path(args.out)
-    lock = FolderLock(out, world)
+    lock = FolderLock(out, world, field="--out")
     try:
         lock.take()
         work = Evaluating(
@@ -235,10 +235,9 @@ _EXPORTED = ("model_index.json", "pytorch_lora_weights.safetensors")
 
 def _rewards(args: argparse.Namespace, models: Sequence[Model]) -> list[RewardConfig]:
     """What is measured: what was asked for, or every reward of the first recipe."""
-    import yaml
     from pydantic import ValidationError
 
-    from dancegrpo_fast.config import RewardConfig, UserError
+    from dancegrpo_fast.config import RewardConfig, UserError, parse_value
     from dancegrpo_fast.rewards.catalogue import REWARDS
 
     known = {reward.name: reward for reward in models[0].config.rewards}
@@ -250,9 +249,10 @@ def _rewards(args: argparse.Namespace, models: Sequence[Model]) -> list[RewardCo
             found.append(known.get(text) or RewardConfig(name=text))
             continue
         try:
-            found.append(RewardConfig(**yaml.safe_load(text)))
-        except (yaml.YAMLError, ValidationError, TypeError) as error:
-            reason = " ".join(str(error).split())
+            found.append(RewardConfig.model_validate(parse_value(text, "--reward")))
+        except ValidationError as error:
+            told = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            reason = "; ".join(told)
             raise UserError(f"--reward = {text!r}: is no reward of a recipe: {reason}") from None
     names = [reward.name for reward in found]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
     from dancegrpo_fast.run import restore
 
     out = Path(args.out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"OUT = {args.out!r}: is not empty; name a new folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"OUT = {args.out!r}: is a file or not empty; name a new folder")
     trainer = restore(Path(args.run))
     export(trainer.family, trainer.policy, out)
     print(f"iteration {trainer.done} of {args.run} written to {out}; load it with\n")

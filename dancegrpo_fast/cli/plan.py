@@ -51,7 +51,7 @@ examples:
         type=int,
         default=0,
         metavar="N",
-        help="iteration whose tree is shown: a window moves (default 0)",
+        help="iteration that is planned: a window moves (default 0)",
     )
     gpus = parser.add_argument_group("projected")
     gpus.add_argument("--gpus", type=int, metavar="N", help="GPUs of the run; the others need it")
@@ -122,18 +122,21 @@ def _plan_run(config: RunConfig, family: Family, args: argparse.Namespace) -> No
         Hardware,
         Planner,
         batch_lines,
+        compared_text,
         largest_batches,
         mesh_text,
         plan_lines,
         plan_values,
     )
     from dancegrpo_fast.planner.batches import image_tokens
+    from dancegrpo_fast.planner.meshes import engines
+    from dancegrpo_fast.updating import old_log_prob_mode
 
     hardware = Hardware(
         args.gpus, args.machine_gpus, args.memory * 1e9, args.efficiency, args.peak * 1e12,
         args.link * 1e9,
     )  # fmt: skip
-    planner = Planner(config, family)
+    planner = Planner(config, family, iteration=args.iteration)
     own = planner.estimate(hardware)  # A mesh that does not fit the GPUs ends here.
     best = planner.recommend(hardware)
     if args.json:
@@ -146,17 +149,26 @@ def _plan_run(config: RunConfig, family: Family, args: argparse.Namespace) -> No
     lines = ["", *plan_lines(own, hardware), ""]
     if best is None:
         nearest = planner.smallest(hardware)
-        lines.append("recommended: no mesh that was compared fits; use more or larger GPUs")
+        tried = " and ".join(p.engine for p in engines(config.parallel, hardware))
+        lines.append(
+            f"recommended: no mesh of engine {tried} that was compared fits; use more or larger "
+            "GPUs"
+        )
         if nearest is not None:
             need = nearest.memory.total(nearest.memory.peak) / 1e9
-            lines.append(f"nearest ({need:.1f} GB): {mesh_text(nearest)}")
+            lines.append(f"nearest ({need:.1f} GB): {mesh_text(nearest, config.parallel)}")
     else:
         estimate, reasons = best
         lines += [
-            f"recommended: {mesh_text(estimate)}",
+            f"recommended: {mesh_text(estimate, config.parallel)}",
+            compared_text(estimate, config.parallel),
             f"{estimate.total:.1f} s instead of {own.total:.1f} s, projected; because",
             *(f"  {reason}" for reason in reasons),
-            *batch_lines(largest_batches(planner, estimate, hardware), image_tokens(family)),
+            *batch_lines(
+                largest_batches(planner, estimate, hardware),
+                image_tokens(family),
+                compared=old_log_prob_mode(config) == "rollout",
+            ),
         ]
     print("\n".join(lines))
 
@@ -181,8 +193,12 @@ def tree_lines(plan: TreePlan, modules: tuple[str, ...]) -> list[str]:
 
 def cost_lines(plan: TreePlan, config: RunConfig) -> list[str]:
     """Network evaluations of one iteration over all prompts."""
+    from dancegrpo_fast.config.kinds import trains_every_point
     from dancegrpo_fast.trees.candidates import visited
+    from dancegrpo_fast.trees.chains import trained_at
 
+    if trains_every_point(config.loss.kind):
+        plan = trained_at(plan, config.loss.timestep_range)
     cost, prompts = plan.cost(), config.data.prompts_per_iteration
     # A guided forward evaluates the network for two texts.
     scale = prompts * (1 if config.model.guidance == 1 else 2)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from dancegrpo_fast.prompt import Prompt
     from dancegrpo_fast.rewards import Reward
     from dancegrpo_fast.search import SearchCost
+
+logger = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -101,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     from dancegrpo_fast.config import EvaluationConfig, UserError
-    from dancegrpo_fast.data import PromptSet
+    from dancegrpo_fast.data import PromptSet, clean_text
     from dancegrpo_fast.prompt import Prompt
     from dancegrpo_fast.report.samples import Row, contact_sheet, shown
     from dancegrpo_fast.rewards import load_rewards, placed
@@ -114,8 +117,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} = {value}: must be at least 1")
     if count < args.seeds:
         raise UserError(f"--best-of = {count}: must be at least --seeds = {args.seeds}, the kept")
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed = {args.seed}: must be from 0 to 2**63 - 1")
+    if args.gif and (args.fps or 0) > 100:
+        raise UserError(f"--fps = {args.fps}: a GIF has at most 100; leave --gif out")
     search = settings_of(args)
-    prompts = [Prompt(text) for text in args.prompt or ()]
+    prompts = [Prompt(clean_text(text, "--prompt")) for text in args.prompt or ()]
     prompts = prompts or list(PromptSet.load(args.prompts, field="--prompts").prompts)
     out = Path(args.out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -134,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         fps = args.fps or config.model.fps or 16
         steps, rows, lines = args.steps or config.rollout.steps, list[Row](), list[str]()
         names, totals, costs = [r.name for r in rewards], list[float](), list[SearchCost]()
-        with placed(rewards, family.device):
+        with placed(rewards, family.device), ExitStack() as files:
             if search is None:
                 plain = draw_all(family, pipeline, prompts, settings, steps)
                 cost = SearchCost(count * steps, previews=0, reward_calls=count)
@@ -145,15 +152,17 @@ def run(args: argparse.Namespace) -> int:
                     seeds=args.seeds, seed=args.seed, steps=steps, fps=fps,
                 )  # fmt: skip
             (out / "sheet").mkdir(parents=True)
+            listed = files.enter_context((out / "samples.jsonl").open("w", encoding="utf-8"))
             for position, (videos, values, cost) in enumerate(drawn):
                 prompt = prompts[position]
                 kept = _keep(videos, values, names, weights, count=args.seeds)
                 lines += _write(kept, prompt, position, out, gif=args.gif, fps=fps)
+                listed.writelines(f"{line}\n" for line in lines[-len(kept) :])
+                listed.flush()  # What was drawn before Ctrl-C keeps its scores.
                 thumbnails = [sample.video[shown(sample.video)] for sample in kept]
                 rows.append(Row(prompt.text, thumbnails, [sample.caption for sample in kept]))
                 totals += [sample.total for sample in kept if sample.total is not None]
                 costs.append(cost)
-    (out / "samples.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     contact_sheet(rows).save(out / "sheet" / "sheet.png")
     if rewards:
         print(_worth(totals, SearchCost.total(costs)))
@@ -222,31 +231,38 @@ def _chosen_rewards(args: argparse.Namespace, config: RunConfig) -> list[RewardC
 
     if args.reward:
         known = {reward.name: reward for reward in config.rewards}
-        return [known.get(name) or RewardConfig(name=name) for name in args.reward]
+        # Each once: scores are kept by name.
+        return [known.get(name) or RewardConfig(name=name) for name in dict.fromkeys(args.reward)]
     return list(config.rewards) if args.best_of or args.search else []
 
 
 def draw_all(
     family: Family, pipeline: Any, prompts: Sequence[Prompt], settings: Any, steps: int
-) -> Iterator[Tensor]:
-    """Every prompt's samples [seeds, F, 3, H, W] uint8 on the CPU, in the order of the prompts."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every prompt's samples, in the order of the prompts; on the CPU.
+
+    Returns:
+        [seeds, F, 3, H, W] uint8, and [seeds] bool: whose pixels were no numbers, and are black.
+    """
     import torch
     from tqdm import tqdm
 
-    from dancegrpo_fast.report.evaluate import initial_latents
+    from dancegrpo_fast.report.evaluate import initial_latents, not_finite
 
     jobs = [(p, s) for p in range(len(prompts)) for s in range(settings.seeds)]
     waiting: list[Tensor] = []
+    broken: list[Tensor] = []
     with tqdm(total=len(jobs), desc="sample") as bar:
         for start in range(0, len(jobs), settings.batch_size):
             batch = jobs[start : start + settings.batch_size]
             latents = initial_latents(settings, batch, family.latent_shape, family.device)
             videos = family.draw(pipeline, [prompts[p] for p, _ in batch], latents, steps)
             waiting += (videos * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+            broken += not_finite(videos)
             bar.update(len(batch))
             while len(waiting) >= settings.seeds:
-                yield torch.stack(waiting[: settings.seeds])
-                del waiting[: settings.seeds]
+                yield torch.stack(waiting[: settings.seeds]), torch.stack(broken[: settings.seeds])
+                del waiting[: settings.seeds], broken[: settings.seeds]
 
 
 @dataclass(frozen=True)
@@ -271,7 +287,7 @@ class Kept:
 
 
 def _scored(
-    drawn: Iterable[Tensor],
+    drawn: Iterable[tuple[Tensor, Tensor]],
     prompts: Sequence[Prompt],
     rewards: Sequence[Reward],
     cost: SearchCost,
@@ -279,8 +295,12 @@ def _scored(
     device: torch.device,
 ) -> Iterator[tuple[Tensor, np.ndarray, SearchCost]]:
     """Plain samples as `search_all` gives searched ones."""
-    for prompt, videos in zip(prompts, drawn, strict=True):
-        yield videos, pixel_values(rewards, videos, prompt, fps, device), cost
+    for prompt, (videos, broken) in zip(prompts, drawn, strict=True):
+        values = pixel_values(rewards, videos, prompt, fps, device)
+        values[broken.numpy()] = math.nan  # Eight bits have none: it would be a black sample.
+        if broken.any():
+            logger.warning("%r: pixels of %d samples are not finite", prompt.text, broken.sum())
+        yield videos, values, cost
 
 
 def _keep(

@@ -89,17 +89,18 @@ def run(args: argparse.Namespace) -> int:
     jobs = find_jobs(folder, prompts)
     quiet_libraries()
     configs = reward_configs(args)
+    out = Path(args.out) if args.out else folder / "scores"
+    out.mkdir(parents=True, exist_ok=True)  # Now: a place that cannot be had should cost no hours.
     scores, problems = _score(jobs, prompts, configs, args.batch_size)
     total = [
         sum(c.weight * row[k] for k, c in enumerate(configs) if c.weight != 0) for row in scores
     ]
     # Best first; what has no score comes last.
     order = sorted(range(len(jobs)), key=lambda i: (math.isnan(total[i]), -total[i]))
-    out = Path(args.out) if args.out else folder / "scores"
-    out.mkdir(parents=True, exist_ok=True)
     names = [config.name for config in configs]
     texts = [prompts[job.prompt].text for job in jobs]
-    with open(out / "scores.csv", "w", encoding="utf-8", newline="") as file:
+    # A name of a file need be no text.
+    with open(out / "scores.csv", "w", encoding="utf-8", errors="replace", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "prompt", *names, "weighted", "error"])
         for i in order:
@@ -131,7 +132,7 @@ def reward_configs(args: argparse.Namespace) -> list[RewardConfig]:
     for override in args.overrides:
         key, equals, text = override.partition("=")
         target, _, option = key.partition(".")
-        if not equals or (option and target != "options"):
+        if not equals or key in ("name", "options") or (option and target != "options"):
             raise UserError(f"{override!r}: write path=..., frames=[0] or options.NAME=...")
         value: Any = text
         try:
@@ -253,8 +254,9 @@ def contact_sheet(files: Sequence[Path], scores: Sequence[float], *, most: int =
                 picture = picture.resize(size, Image.Resampling.NEAREST)
             picture.thumbnail((side - 4, side - 4))
             sheet.paste(picture, (x + 2, y + 2))
-        except OSError:
+        except (OSError, ValueError):
             pen.text((x + 4, y + 4), "unreadable", fill="red")
         shown = "no score" if math.isnan(score) else f"{score:.4g}"
-        pen.text((x + 4, y + side), f"{shown}\n{file.name[:24]}", fill="black")
+        name = file.name[:24].encode("utf-8", "replace").decode()
+        pen.text((x + 4, y + side), f"{shown}\n{name}", fill="black")
     return sheet

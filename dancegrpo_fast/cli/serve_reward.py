@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         if not getattr(args, field) > 0:
             option = field.replace("_", "-")
             raise UserError(f"--{option} = {getattr(args, field)}: must be positive")
+    if not 0 <= args.port < 2**16:  # The system would take it modulo that.
+        raise UserError(f"--port = {args.port}: must be from 0 to {2**16 - 1}")
     args.overrides += [word for word in args.names if "=" in word]
     args.reward = [word for word in args.names if "=" not in word]
     if bool(args.reward) == (args.recipe is not None):
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         token = read_token(args.token_file)
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        raise UserError(str(error).replace("token_file", "--token-file")) from None
     # Before the weights load: a taken port should not cost minutes.
     listening = bound_socket(args.host, args.port, has_token=token is not None)
     quiet_libraries()
@@ -124,10 +126,6 @@ def _engines(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             raise UserError(f"--devices: {device}: there are {torch.cuda.device_count()} GPUs")
     configs = reward_configs(args)
     replicas = [load_rewards(configs, device) for device in devices]
-    engines: dict[str, Any] = {}
-    for column, config in enumerate(configs):
-        copies = [rewards[column] for rewards in replicas]
-        if copies[0].name in engines:
-            raise UserError(f"{config.name}: two rewards have the name {copies[0].name!r}")
-        engines[copies[0].name] = Engine(copies, devices, largest_batch=args.batch_size)
-    return engines, names
+    columns = [list(copies) for copies in zip(*replicas, strict=True)]
+    size = args.batch_size
+    return {c[0].name: Engine(c, devices, largest_batch=size) for c in columns}, names

@@ -12,7 +12,7 @@ from dancegrpo_fast.config.learning import (
     PolicyConfig,
     RewardConfig,
 )
-from dancegrpo_fast.config.recipe import dump, load_config
+from dancegrpo_fast.config.recipe import dump, load_config, parse_value
 from dancegrpo_fast.config.run import RunConfig
 from dancegrpo_fast.config.running import (
     CheckpointConfig,
@@ -41,4 +41,5 @@ __all__ = [
     "UserError",
     "dump",
     "load_config",
+    "parse_value",
 ]

@@ -216,6 +216,10 @@ def _group(get: Get) -> Iterator[Disagreement]:
     if size == 1 and from_group and kinds.needs_group(get("loss.kind")):
         reason = "one sample has no group to compare with; use 2 or more"
         yield "rollout.group_size", f"{reason}, or advantage.scope = batch or running"
+    elif size == 1 and scope == "batch" and get("data.prompts_per_iteration") == 1:
+        if kinds.needs_group(get("loss.kind")):
+            reason = "one sample of one prompt has nothing in its iteration to compare with"
+            yield "rollout.group_size", f"{reason}; use 2 or more, or more prompts"
     if kept is not None and kept >= size:
         yield "advantage.best_of_n", f"must be below rollout.group_size = {size}, or null for all"
     if kept is None and get("advantage.keep") != "extremes":
@@ -237,6 +241,22 @@ def _credit(get: Get) -> Iterator[Disagreement]:
     elif branches is not None and branches < 3:
         reason = f"needs {_TREE}.branches of 3 or more, here {branches}"
         yield "advantage.credit", f"{reason} (two children only ever get +a and -a)"
+    if kind != "branch_points":
+        return
+    unsplit = sorted(_first_steps(get) - set(get(f"{_TREE}.branch_steps")))
+    if unsplit:
+        reason = f"needs states that branch at the first trained step, which may be {unsplit[0]}"
+        yield "advantage.credit", f"{reason}; add it to {_TREE}.branch_steps, or use leaf or depth"
+
+
+def _first_steps(get: Get) -> set[int]:
+    """The first trained step of `branch_points` in any iteration: a window moves."""
+    size, start = get(f"{_TREE}.window_size"), get(f"{_TREE}.window_start")
+    if size is None or start is not None:
+        return {start or 0}
+    low, high = get(f"{_TREE}.window_range") or (0, _trained_steps(get))
+    drawn = get(f"{_TREE}.window_order") == "random"
+    return set(range(low, high - size + 1, 1 if drawn else get(f"{_TREE}.window_stride")))
 
 
 def _search(get: Get) -> Iterator[Disagreement]:
@@ -330,6 +350,17 @@ def _suffix(get: Get) -> Iterator[Disagreement]:
         yield "rollout.suffix_every", f"{reason}, and the first is always evaluated; use 1"
 
 
+def _spread_of_steps(get: Get) -> int:
+    """How many steps of a prompt's tree are trained in an iteration."""
+    kind, span = get(f"{_TREE}.kind"), get("loss.timestep_range")
+    if kind in _ONE_STEP:
+        return len(get(f"{_TREE}.branch_steps"))
+    if span is not None:
+        return span[1] - span[0]
+    size = get(f"{_TREE}.window_size") if kind in _WINDOWED else None
+    return _trained_steps(get) if size is None else size
+
+
 def _timesteps(get: Get) -> Iterator[Disagreement]:
     n, dynamics = _trained_steps(get), get("rollout.dynamics")
     scope = f"{n} of {get('rollout.steps')} steps can be trained"
@@ -349,6 +380,8 @@ def _timesteps(get: Get) -> Iterator[Disagreement]:
         yield "loss.timesteps", "with timestep_fraction = 1 every step is used; lower that"
     elif whole and get("loss.timestep_scope") == "group":
         yield "loss.timestep_scope", "with timestep_fraction = 1 every step is used; lower that"
+    elif not whole and _spread_of_steps(get) == 1:
+        yield "loss.timestep_fraction", "has no effect where one step is trained; use 1"
     elif not whole and get(f"{_TREE}.kind") in _ONE_STEP and get("loss.timestep_scope") == "sample":
         reason = f"of kind {get(f'{_TREE}.kind')} each sample has one trained step"
         yield "loss.timestep_fraction", f"{reason}; use 1, or loss.timestep_scope = group"

@@ -107,6 +107,22 @@ def dump(config: RunConfig) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+def parse_value(text: str, source: str) -> Any:
+    """Returns a value that is written as in a recipe.
+
+    Raises:
+        UserError: It is no YAML, or gives a key twice; `source` says where it stands.
+    """
+    lines: list[str] = []
+    try:
+        value = _parse(text, source, lines)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{source} = {text!r}: {_one_line(error)}") from None
+    if lines:
+        raise UserError("\n".join(lines))
+    return value
+
+
 def _parse(text: str, source: str, lines: list[str], *, prefix: str = "") -> Any:
     """Returns the document; appends a line to `lines` for each key that is given twice."""
     loader = _Loader(text)
@@ -119,6 +135,10 @@ def _parse(text: str, source: str, lines: list[str], *, prefix: str = "") -> Any
                 f"{source}: {at}: given twice, on lines {first} and {second}; keep one of them"
             )
         return _unshared(loader.construct_document(root))
+    except RecursionError:
+        raise ValueError("is nested too deeply to be a recipe") from None
+    except (KeyError, AttributeError, IndexError, TypeError):  # PyYAML's, of a value beside a tag.
+        raise ValueError("a value does not fit the !!tag before it; leave the tag out") from None
     finally:
         loader.dispose()
 
@@ -159,9 +179,11 @@ def _apply(raw: dict[str, Any], override: str, lines: list[str]) -> str:
         raise ValueError("write it as key=value, such as rollout.steps=8")
     if not text:
         raise ValueError(f"has no value; write {path}=null for none or {path}='' for empty text")
+    keys = path.split(".")
+    if not all(keys):
+        raise ValueError("has an empty key; write it as key=value, such as rollout.steps=8")
     value = _parse(text, "override", lines, prefix=f"{path}.")
     target: Any = raw
-    keys = path.split(".")
     for depth, key in enumerate(keys):
         here, last = ".".join(keys[:depth]), depth == len(keys) - 1
         if isinstance(target, list):
@@ -194,7 +216,11 @@ def _explain(raw: dict[str, Any], error: ValidationError) -> Iterator[Disagreeme
         path = ".".join(map(str, detail["loc"]))
         if not path:  # RunConfig._fields_agree, asked again below
             continue
-        reason, related = _reason(path, detail)
+        dotted = detail["type"] == "extra_forbidden" and "." in str(detail["loc"][-1])
+        if dotted:
+            reason, related = "is no key: dots are for overrides; write sections with keys", None
+        else:
+            reason, related = _reason(path, detail)
         faulty |= {path, related or path}
         shown = "" if detail["type"] == "missing" else f" = {show(detail['input'])}"
         yield path, f"{path}{shown}: {reason}"

@@ -4,7 +4,7 @@ Which prompts an iteration draws is a function of the seed, and with skipping of
 processes hold.
 """
 
-from dancegrpo_fast.data.files import read_prompts
+from dancegrpo_fast.data.files import clean_text, read_prompts
 from dancegrpo_fast.data.prompts import Draws, PromptSet
 
-__all__ = ["Draws", "PromptSet", "read_prompts"]
+__all__ = ["Draws", "PromptSet", "clean_text", "read_prompts"]

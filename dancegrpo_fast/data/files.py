@@ -126,7 +126,14 @@ def _prompt(record: Any, folder: Path | None, column: str) -> Prompt:
         if column in record:
             there = f"that is {str(record[column])[:40]!r}, a {type(record[column]).__name__}"
         raise _Bad(f'must be an object with a text under "{column}"', f"; {there}")
-    text = record.pop(column).strip()
+    text = _clean(record.pop(column))
+    image = record.pop("image", None)
+    return Prompt(text, None if image is None else _image(image, folder), record)
+
+
+def _clean(text: str) -> str:
+    """A prompt without the space around it; raises _Bad for what no encoder or file takes."""
+    text = text.strip()
     if not text:
         raise _Bad("the prompt is empty")
     for character in text:
@@ -136,8 +143,19 @@ def _prompt(record: Any, folder: Path | None, column: str) -> Prompt:
             raise _Bad("is not UTF-8 text" if escaped else "holds half of a surrogate pair")
         if kind == "Cc" and character not in "\t\n\r\x85":
             raise _Bad("holds a control character", f", U+{ord(character):04X}")
-    image = record.pop("image", None)
-    return Prompt(text, None if image is None else _image(image, folder), record)
+    return text
+
+
+def clean_text(text: str, field: str) -> str:
+    """A prompt that is given as it is, held to what a line of a file is.
+
+    Raises:
+        UserError: It is empty or holds what is no text.
+    """
+    try:
+        return _clean(text)
+    except _Bad as reason:
+        raise UserError(f"{field} = {text[:40]!r}: {reason}") from None
 
 
 def _image(image: Any, folder: Path | None) -> Path:

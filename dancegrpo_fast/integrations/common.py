@@ -252,7 +252,7 @@ def clipped_loss(
         log_prob: [B].
         old_log_prob: [B].
         advantages: [B], or [B, R] for R separately clipped rewards.
-        clip_range: c for [1 - c, 1 + c], or (low, high).
+        clip_range: c for [1 - c, 1 + c], or (low, high), at least 0.
         advantage_clip: Clamps the advantages to +-this. None: as they are.
         reward_weights: u, R numbers; None: ones.
         loss_scale: All that the host divides or multiplies by (accumulation, timesteps): the mean
@@ -262,7 +262,7 @@ def clipped_loss(
         Loss and ratios; nothing is read back (`ratio_metrics` has numbers for a log).
 
     Raises:
-        ValueError: Shapes that do not fit.
+        ValueError: Shapes that do not fit; a clip range below 0.
 
     Source: PPO, arXiv 1707.06347, equation 7.
     """
@@ -284,7 +284,7 @@ def clipped_surrogate(
     reward_weights: Sequence[float] | None = None,
 ) -> Tensor:
     """mean_b sum_r u_r max(-A_br rho_b, -A_br clip(rho_b)); arguments as `clipped_loss`."""
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    low, high = _clip_bounds(clip_range)
     if advantage_clip is not None:
         advantages = advantages.clamp(-advantage_clip, advantage_clip)
     clipped = ratio.clamp(1.0 - low, 1.0 + high)
@@ -294,18 +294,27 @@ def clipped_surrogate(
         raise ValueError(f"reward_weights = {weights}: must have one for each of {len(columns)}")
     total = None
     for weight, column in zip(weights, columns, strict=True):
-        column = -column if weight == 1.0 else -weight * column
+        column = -column
         term = torch.maximum(column * ratio, column * clipped)
+        term = term if weight == 1.0 else weight * term  # outside: it may be negative
         total = term if total is None else total + term
     assert total is not None
     return total.mean()
+
+
+def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
+    """(low, high); unlike `ops.policy_loss` low may be above 1, as in the hosts."""
+    low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+    if not (low >= 0 and high >= 0):
+        raise ValueError(f"clip_range = {clip_range}: must be c or (low, high), at least 0")
+    return low, high
 
 
 def ratio_metrics(
     log_prob: Tensor, old_log_prob: Tensor, clip_range: float | tuple[float, float]
 ) -> Tensor:
     """[len(RATIO_METRICS)] on the device of the log-probs [B]: copy it once, when it is logged."""
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    low, high = _clip_bounds(clip_range)
     difference = (log_prob - old_log_prob).detach()
     ratio = torch.exp(difference)
     values = (

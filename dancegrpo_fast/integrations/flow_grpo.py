@@ -50,6 +50,12 @@ __all__ = [
 _DYNAMICS = {"sde": "flow", "cps": "cps"}
 
 
+def _dynamics(sde_type: str) -> str:
+    if sde_type not in _DYNAMICS:
+        raise ValueError(f"sde_type = {sde_type!r}: must be 'sde' or 'cps'")
+    return _DYNAMICS[sde_type]
+
+
 def sde_step_with_logprob(
     self: Any,
     model_output: Tensor,
@@ -87,11 +93,10 @@ def sde_step_with_logprob(
     Raises:
         ValueError: Unknown sde_type; on the CPU, a timestep that is not in the schedule.
     """
-    if sde_type not in _DYNAMICS:
-        raise ValueError(f"sde_type = {sde_type!r}: must be 'sde' or 'cps'")
+    dynamics = _dynamics(sde_type)
     index = timestep_index(self.timesteps, timestep, second=True)
     prev_sample = None if prev_sample is None else prev_sample.float()
-    options: Any = {"dynamics": _DYNAMICS[sde_type], "level": noise_level, "device": sample.device}
+    options: Any = {"dynamics": dynamics, "level": noise_level, "device": sample.device}
     if exact_order:
         here, there = _sigmas(self, index, sample)
         v, x = model_output.float(), sample.float()
@@ -302,7 +307,9 @@ def fused_loss(
         Loss (mean over the batch), log-probs and metrics (`ops.POLICY_METRICS`).
     """
     index = timestep_index(self.timesteps, timestep, second=True)
-    options: Any = {"dynamics": _DYNAMICS[sde_type], "level": noise_level, "device": sample.device}
+    options: Any = {
+        "dynamics": _dynamics(sde_type), "level": noise_level, "device": sample.device
+    }  # fmt: skip
     row = rows(flow_table(self.sigmas, **options), index, len(sample))
     if beta:
         rate = rows(noise_table(self.sigmas, **options), index, len(sample))[:, 0]

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 
 from dancegrpo_fast.integrations.patching import Patch, install, installed
 
-_NO_HOSTS = {"common", "diffusers", "exact", "patching", "run", "tables"}
+_NO_HOSTS = {"common", "diffusers", "exact", "pairs", "patching", "run", "tables"}
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 HOSTS = tuple(sorted({found.name for found in pkgutil.iter_modules([_FOLDER])} - _NO_HOSTS))
 

@@ -70,7 +70,7 @@ def flow_table(
         sigmas: [T + 1], falling from at most 1 to at least 0, any floating dtype and device.
         dynamics: "dance", "flow", "flow_wan", "cps" (`dynamics.py`); "ode"; or "euler_noise", the
             Euler step plus DanceGRPO's noise (DanceGRPO with sde_solver = False).
-        level: eta or a; 0 gives rows without noise and density.
+        level: eta or a; 0 gives rows without noise and density. A tensor is read in every call.
         normaliser: False drops c = -log s - log(2 pi) / 2.
         exact_density: The Gaussian density for "cps", which is published with w = 1 and c = 0 (also
             where s = 0, as hosts have it; `transition` says w = 0 there).
@@ -86,6 +86,7 @@ def flow_table(
         ValueError: An unknown dynamics, level or shape out of range; on the CPU also sigmas that
             are out of range or rise. On a device values are not read: such rows are NaN.
     """
+    level = float(level)  # the key of what is kept
     check_flow(dynamics, level)
     if sigmas.dim() != 1 or len(sigmas) < 2:
         raise ValueError(f"sigmas has shape {list(sigmas.shape)}: must be [steps + 1]")
@@ -117,6 +118,7 @@ def noise_table(
 
     [T, 3] float32, cached; dt = sigma' - sigma < 0. Arguments and errors as `flow_table`.
     """
+    level = float(level)
     check_flow(dynamics, level)
     device = torch.device(sigmas.device if device is None else device)
 
@@ -236,6 +238,7 @@ def ddim_table(
     Raises:
         ValueError: A value out of range.
     """
+    eta = float(eta)
     device = torch.device(alphas_cumprod.device if device is None else device)
     key = ("ddim", stride, eta, prediction, normaliser, device, dtype)
 

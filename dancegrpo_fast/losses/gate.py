@@ -135,6 +135,7 @@ def explain_gap(
     network: nn.Module,
     *,
     limit: float,
+    mode: str,
 ) -> str:
     """Re-run the state of the largest gap in the rollout's batch shape: is that the reason?"""
     largest, call, item = worst
@@ -149,9 +150,13 @@ def explain_gap(
     gap = float(gaps.max())
     shapes = f"batch of {len(batch)} states instead of {len(call.items)}"
     if gap <= limit:
+        # Outside `rollout` the old log-probs are training's own already.
+        other = "loss.old_log_prob = recompute"
+        if mode != "rollout":
+            other = f"loss.max_log_prob_gap above {largest:.2e}"
         return (
             f"the batch shape explains it: with the rollout's {shapes} the gap is {gap:.2e}; set "
-            "loss.micro_batch_size = rollout.batch_size, or loss.old_log_prob = recompute"
+            f"loss.micro_batch_size = rollout.batch_size, or {other}"
         )
     return (
         f"the batch shape does not explain it: with the rollout's {shapes} the gap is still "

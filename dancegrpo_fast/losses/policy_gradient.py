@@ -77,7 +77,7 @@ def policy_gradient_loss(
         _tensor(np.concatenate([item.advantages for item in call.items]), device),
         old_log_prob=old_log_prob,
         weights=_tensor(np.concatenate([item.weights for item in call.items]), device),
-        child_offsets=fan.offsets,
+        child_offsets=fan.offsets.to(device, non_blocking=True),
         reward_weights=_tensor(reward_weights, device),
         clip_range=config.clip_range,
         divisor=divisor,
@@ -121,7 +121,7 @@ def _log_prob(
         latents,
         drawn.stack(fan.edges),
         drawn.edge_coefficients(fan.edges),
-        child_offsets=fan.offsets,
+        child_offsets=fan.offsets.to(latents.device, non_blocking=True),
         action_box=family.action_box,
     )
 

@@ -82,6 +82,22 @@ def stored_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, stored.get_tensor(name)
 
 
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a safetensors file's tensors by name, from its header.
+
+    Raises:
+        UserError: It is none, or was cut short.
+    """
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file}: cannot be read ({error}); it was cut short or is no safetensors file: "
+            "fetch or save it again"
+        ) from None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a component's folder, in the order of their names.
 
@@ -129,14 +145,7 @@ def _check(module: nn.Module, wanted: dict[str, Tensor], files: list[Path]) -> N
     problems: list[str] = []
     found: set[str] = set()
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as stored:
-                shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file}: cannot be read ({error}); it was cut short or is no safetensors file: "
-                "fetch or save it again"
-            ) from None
+        shapes = stored_shapes(file)
         found |= shapes.keys()
         for name, shape in shapes.items():
             if name not in wanted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,14 +17,16 @@ _MULTIPLE = 16  # Of both sides of a weight: what the hardware's products take.
 _CAPABILITY = (8, 9)
 
 
-def check_float8(device: torch.device) -> None:
-    """Refuse float8 where the device has no such products.
+def check_float8(family: Family) -> None:
+    """Refuse float8 where device or networks have no such products, before any weight is read.
 
     The CPU has them, slowly: for tests.
 
     Raises:
-        UserError: Another device than a GPU of compute capability 8.9 or a CPU.
+        UserError: Another device than a GPU of compute capability 8.9 or a CPU, or no layer of
+            fitting sides.
     """
+    device = family.device
     able = device.type == "cpu"
     if device.type == "cuda":
         able = torch.cuda.get_device_capability(device) >= _CAPABILITY
@@ -33,10 +35,13 @@ def check_float8(device: torch.device) -> None:
             f"rollout.pool_dtype = 'float8_e4m3': {device} has no such products (GPUs of compute "
             "capability 8.9 have: Ada, Hopper, Blackwell); use bfloat16, or null"
         )
+    float8_layers(family.build().values(), family.blocks)
 
 
 @contextmanager
-def lower_precision(family: Family, dtype: str) -> Iterator[None]:
+def lower_precision(
+    family: Family, dtype: str, networks: Collection[nn.Module] = ()
+) -> Iterator[None]:
     """Inside, the networks compute in another type; the weights stay as they are.
 
     `bfloat16` is the autocast of a recipe with `model.dtype: bfloat16`. `float8_e4m3` is that, with
@@ -44,13 +49,16 @@ def lower_precision(family: Family, dtype: str) -> Iterator[None]:
     its own: amax / 448 of a weight's row when it is first used, of an input's row in every call.
 
     Args:
-        family: Loaded; nothing is compiled, and no gradient is taken inside.
+        family: Loaded, if no networks are given; nothing is compiled, no gradient taken inside.
         dtype: "bfloat16" or "float8_e4m3".
+        networks: That are called; none: the family's own.
 
     Raises:
         UserError: No layer that float8 could compute.
     """
-    layers = float8_layers(family) if dtype == "float8_e4m3" else []
+    layers: list[nn.Linear] = []
+    if dtype == "float8_e4m3":
+        layers = float8_layers(networks or family.modules.values(), family.blocks)
     own, family.dtype = family.dtype, torch.bfloat16
     for layer in layers:
         layer.forward = Float8Linear(layer)  # type: ignore[method-assign, assignment]
@@ -62,14 +70,14 @@ def lower_precision(family: Family, dtype: str) -> Iterator[None]:
             del layer.forward
 
 
-def float8_layers(family: Family) -> list[nn.Linear]:
-    """The layers of a family's networks that float8 computes."""
+def float8_layers(networks: Iterable[nn.Module], blocks: Collection[str]) -> list[nn.Linear]:
+    """The layers that float8 computes: in blocks, whose lists are named here."""
     found = [
         part
-        for network in family.modules.values()
+        for network in networks
         for name, part in network.named_modules()
         if isinstance(part, nn.Linear)
-        and name.partition(".")[0] in family.blocks
+        and name.partition(".")[0] in blocks
         and "lora_" not in name
         and part.in_features % _MULTIPLE == part.out_features % _MULTIPLE == 0
     ]

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from dancegrpo_fast.config import ModelConfig, RolloutConfig, UserError
-from dancegrpo_fast.models.loading import STEMS, weight_files
+from dancegrpo_fast.models.loading import STEMS, stored_shapes, weight_files
 from dancegrpo_fast.schedules import Schedule, dance_schedule, from_scheduler
 
 INDEX = "model_index.json"
 _WITHOUT_WEIGHTS = re.compile("(Tokenizer|Processor)(Fast)?$|(FeatureExtractor|Scheduler)$")
+# transformers makes a tokenizer that knows no word where none of these is there.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
@@ -145,7 +147,7 @@ class Source:
             unused: Components that nothing needs.
 
         Raises:
-            UserError: One line per component that is missing or incomplete.
+            UserError: One line per component that is missing, incomplete or damaged.
         """
         lines = []
         for name, kind in components(self.index, unused).items():
@@ -156,11 +158,17 @@ class Source:
                     f"{folder}: is missing or has no configuration, and {INDEX} names it ({kind}); "
                     "complete the folder, or fetch it with `dancegrpo-fast fetch RECIPE`"
                 )
-            elif weighty:
-                try:
-                    weight_files(folder)
-                except UserError as error:
-                    lines.append(str(error))
+                continue
+            if "Tokenizer" in kind and not any(p for v in _VOCABULARIES for p in folder.glob(v)):
+                told = "holds no vocabulary; fetch it again (`dancegrpo-fast fetch RECIPE`)"
+                lines.append(f"{folder}: {told}")
+            try:
+                for file in sorted(folder.glob("*.json")):
+                    _parsed(file)
+                for file in weight_files(folder) if weighty else ():
+                    stored_shapes(file)
+            except UserError as error:
+                lines.append(str(error))
         if lines:
             raise UserError("\n".join(lines))
 
@@ -180,18 +188,43 @@ class Source:
         import importlib
 
         library, name = self.index[component]
-        return getattr(importlib.import_module(library), name)
+        try:
+            return getattr(importlib.import_module(library), name)
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"{self.folder / INDEX}: names {library}.{name} as {component}, which cannot be "
+                f"had ({error}); update {library}, or fetch the folder again"
+            ) from None
 
     def config(self, component: str) -> dict[str, Any]:
         """The `config.json` of a component, with its class's defaults for what is absent."""
-        path = self.folder / component / "config.json"
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = _parsed(self.folder / component / "config.json")
         return {**_defaults(self.component_class(component)), **stored}
 
     def scheduler(self) -> Any:
         """The folder's diffusers scheduler."""
+        _parsed(self.folder / "scheduler" / "scheduler_config.json")
         cls = self.component_class("scheduler")
         return cls.from_pretrained(self.folder, subfolder="scheduler", local_files_only=True)
+
+
+def _parsed(file: Path) -> Any:
+    """What a configuration or vocabulary holds.
+
+    Raises:
+        UserError: It is not there, or no JSON.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{file}: cannot be read ({reason}); complete the folder, or fetch it with "
+            "`dancegrpo-fast fetch RECIPE`"
+        ) from None
+    return value
 
 
 def _defaults(cls: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dancegrpo_fast.ops import native
 from dancegrpo_fast.ops.packing import COEFFICIENTS, Box
@@ -49,6 +50,22 @@ def nft_table(sigmas: Tensor, dtype: torch.dtype) -> Tensor:
 # ------------------------------------------------------------------ functions
 
 
+def _keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """save_for_backward, but for what a rollout in inference mode made: that is only held.
+
+    torch refuses to save such tensors, because writes to them are not counted.
+    """
+    ctx.held = [t if t is not None and t.is_inference() else None for t in tensors]
+    pairs = zip(tensors, ctx.held, strict=True)
+    ctx.save_for_backward(*(tensor if held is None else None for tensor, held in pairs))
+
+
+def _kept(ctx: Any) -> list[Any]:
+    """What `_keep` got. Asks for the saved tensors once: a checkpoint gives them out once."""
+    pairs = zip(ctx.saved_tensors, ctx.held, strict=True)
+    return [saved if held is None else held for saved, held in pairs]
+
+
 class _Final(torch.autograd.Function):
     """A gradient as it is, and an error for who differentiates it."""
 
@@ -72,7 +89,7 @@ def _once(gradient_of: Callable[..., Tensor | None]) -> Callable[..., Any]:
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         if upstream[0] is None:
             return None, None, None, None
-        saved = ctx.saved_tensors  # Once: a checkpoint gives them out once.
+        saved = _kept(ctx)
         gradient = gradient_of(ctx, upstream[0], *saved)
         if torch.is_grad_enabled():
             gradient = _Final.apply(gradient, saved[0])
@@ -88,7 +105,7 @@ class _LogProb(torch.autograd.Function):
     def forward(ctx: Any, m: Tensor, kernels: Any, threads: Threads, args: Arguments) -> Any:
         x, y, table, offsets, box = args
         log_prob = kernels.transition_log_prob(m, *args, *threads)
-        ctx.save_for_backward(m, x, y, table, offsets)
+        _keep(ctx, m, x, y, table, offsets)
         ctx.kernels, ctx.threads, ctx.box, ctx.dtype = kernels, threads, box, log_prob.dtype
         return log_prob
 
@@ -111,7 +128,7 @@ class _PolicyLoss(torch.autograd.Function):
         x, y, table, _, _, _, offsets, _, ref, old, _, _, _, kl_weight, box, _, _ = args
         loss, log_prob, metrics, scales = kernels.policy_loss(m, *args, True, *threads)
         # A reference that is only measured has no gradient: it is not kept.
-        ctx.save_for_backward(m, x, y, table, offsets, ref if kl_weight else None, old, scales)
+        _keep(ctx, m, x, y, table, offsets, ref if kl_weight else None, old, scales)
         ctx.kernels, ctx.threads, ctx.box = kernels, threads, box
         ctx.mark_non_differentiable(log_prob, metrics)
         ctx.set_materialize_grads(False)
@@ -131,7 +148,7 @@ class _NftLoss(torch.autograd.Function):
     def forward(ctx: Any, m: Tensor, kernels: Any, threads: Threads, args: Arguments) -> Any:
         x, y, sigmas, _, _, ref, old, _, _, _, kl_weight, _, box = args
         loss, metrics, scales = kernels.nft_loss(m, *args, True, *threads)
-        ctx.save_for_backward(m, x, y, sigmas, ref if kl_weight else None, old, scales)
+        _keep(ctx, m, x, y, sigmas, ref if kl_weight else None, old, scales)
         ctx.kernels, ctx.threads, ctx.box = kernels, threads, box
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -157,13 +174,29 @@ def kernels_of(name: str) -> tuple[Any, Threads]:
     return importlib.import_module("dancegrpo_fast.ops.kernels"), ()
 
 
+def eager_kernels(name: str) -> tuple[Any, Threads]:
+    """`kernels_of` for a call from outside of torch's tracers.
+
+    Raises:
+        ValueError: A torch.func transform is active. Its tensors have no memory, and not all say so
+            (functionalize: reading one would be a crash).
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            f"implementation = {name!r} under a torch.func transform (vmap, grad, jvp, "
+            "functionalize, ...): the kernels have no rule for it; call the op outside of it"
+        )
+    return kernels_of(name)
+
+
 def _wants_gradient(m: Tensor) -> bool:
-    return m.requires_grad and torch.is_grad_enabled()
+    # In forward mode torch itself refuses a Function without jvp; a plain call would drop tangents.
+    return (m.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def transition_log_prob(name: str, m: Tensor, args: Arguments) -> Tensor:
     """Log-probs [children] by eager kernels; args: x, y, table, offsets, box."""
-    kernels, threads = kernels_of(name)
+    kernels, threads = eager_kernels(name)
     if _wants_gradient(m):
         return _LogProb.apply(m, kernels, threads, args)
     return kernels.transition_log_prob(m, *args, *threads)
@@ -171,7 +204,7 @@ def transition_log_prob(name: str, m: Tensor, args: Arguments) -> Tensor:
 
 def policy_loss(name: str, m: Tensor, args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, log-probs, metrics) by eager kernels."""
-    kernels, threads = kernels_of(name)
+    kernels, threads = eager_kernels(name)
     if _wants_gradient(m):
         return _PolicyLoss.apply(m, kernels, threads, args)
     loss, log_prob, metrics, _ = kernels.policy_loss(m, *args, False, *threads)
@@ -180,7 +213,7 @@ def policy_loss(name: str, m: Tensor, args: Arguments) -> tuple[Tensor, Tensor, 
 
 def nft_loss(name: str, m: Tensor, args: Arguments) -> tuple[Tensor, Tensor]:
     """(loss, metrics) by eager kernels."""
-    kernels, threads = kernels_of(name)
+    kernels, threads = eager_kernels(name)
     if _wants_gradient(m):
         return _NftLoss.apply(m, kernels, threads, args)
     loss, metrics, _ = kernels.nft_loss(m, *args, False, *threads)

@@ -185,12 +185,12 @@ def _nft_reference(packing: Packing, model_output: Tensor, args: tuple[Any, ...]
      minimum, _) = args  # fmt: skip
     v = packing.rows(model_output)
     weight = packing.vector(weights, packing.states)
-    sigma = sigmas.to(packing.dtype)[:, None]
+    sigma = packing.vector(sigmas, packing.states)[:, None]
     error = packing.rows(x) + (-sigma) * v - packing.rows(y)
     step = v - packing.rows(old)
     plus, plus_scale = reference.nft_branch(error + sigma * (1 - beta) * step, minimum)
     minus, minus_scale = reference.nft_branch(error + sigma * (1 + beta) * step, minimum)
-    p = reference.nft_probability(advantages.to(packing.dtype), advantage_clip)
+    p = reference.nft_probability(packing.vector(advantages, packing.states), advantage_clip)
     policy = weight * (advantage_clip * (p * plus + (1 - p) * minus) / beta)
     kl = torch.zeros_like(weight)
     if ref is not None:

@@ -53,10 +53,12 @@ def check_plain(tensor: torch.Tensor) -> None:
     """Refuses tensors whose memory is not what `data_ptr()` says (DTensor, FakeTensor, ...).
 
     Raises:
-        ValueError: Not exactly a `torch.Tensor` or a `Parameter`.
+        ValueError: Not exactly a `torch.Tensor` or a `Parameter`, or one of functionalize.
     """
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or torch._is_functional_tensor(tensor):
+        name = "a tensor of torch.func.functionalize" if plain else type(tensor).__name__
         raise ValueError(
-            f"{type(tensor).__name__} has no plain memory for the native module; "
+            f"{name} has no plain memory for the native module; "
             "pass a local torch.Tensor, or implementation='reference'"
         )

@@ -179,6 +179,13 @@ def check_divisor(divisor: float | None) -> None:
         raise ValueError(f"divisor = {divisor}: must be a positive number")
 
 
+def savable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of what a rollout in inference mode made: autograd cannot save that."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 @dataclass(frozen=True)
 class Packing:
     """The checked layout of one call.
@@ -207,6 +214,7 @@ class Packing:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """[n, *dims] -> [n, numel]: the action box, flat, in the compute dtype."""
+        tensor = savable(tensor)
         return tensor[(slice(None), *self.slices)].to(self.dtype).reshape(-1, self.numel)
 
     def per_child(self, tensor: Tensor) -> Tensor:
@@ -222,7 +230,7 @@ class Packing:
         """[count] in the compute dtype; ones for None."""
         if values is None:
             return torch.ones(count, dtype=self.dtype, device=self.device)
-        return values.to(self.dtype)
+        return savable(values).to(self.dtype)
 
     def check(self, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
         """Checks that `tensor` has this shape, lies on the device and is floating; None passes.
@@ -289,6 +297,8 @@ def pack(
 
 
 def _slices(dims: tuple[int, ...], action_box: Box | None) -> tuple[slice, ...]:
+    if 0 in dims:
+        raise ValueError(f"a latent of shape {list(dims)} has no elements: there is no mean of it")
     box = tuple((0, size) for size in dims) if action_box is None else tuple(action_box)
     if len(box) != len(dims):
         raise ValueError(

@@ -18,6 +18,7 @@ from dancegrpo_fast.ops.packing import (
     pack,
     refuse_gradient,
     resolve,
+    savable,
     shape_error,
     values_readable,
 )
@@ -87,7 +88,9 @@ def policy_loss(
     with rho = exp(log_prob - old_log_prob), P >= 0 >= N the two parts of a child's advantage for
     reward r, and u the reward weights. A child that stands for several samples carries the sum of
     their positive and of their negative advantages: the objective is linear in each of the two.
-    NaN in any child makes the loss NaN, whatever its weight.
+    NaN in any child makes the loss NaN, whatever its weight; an infinite ratio makes it NaN or
+    infinite. An infinite latent or model output makes the log-prob -inf: on-policy the loss is NaN,
+    otherwise the ratio is 0, and only the metric log_prob tells.
 
     Args:
         model_output: m, [states, ...], any floating dtype; computed with in float32 (float64 if a
@@ -101,7 +104,8 @@ def policy_loss(
             divisor and the KL. None: ones.
         child_offsets: int64 [states + 1]; None: one child each.
         reward_weights: u, [R]; None: ones.
-        clip_range: c for [1 - c, 1 + c], or (low, high) for [1 - low, 1 + high].
+        clip_range: c for [1 - c, 1 + c], or (low, high) for [1 - low, 1 + high], low at most 1;
+            (1.0, 1e9) does not clip.
         divisor: > 0; None: the sum of `weights`. Micro-batches of one update share one divisor.
         kl_weight: Factor of the KL, >= 0; needs `reference_output` if it is not 0.
         reference_output: m_ref, [states, ...]. With kl_weight = 0 it is only measured.
@@ -206,14 +210,16 @@ def _check(m: Tensor, args: tuple[Any, ...], names: Mapping[str, str] | None) ->
 def _reference(packing: Packing, m: Tensor, args: tuple[Any, ...]) -> PolicyLoss:
     (x, y, table, advantages, old_log_prob, weights, _, reward_weights, ref, old,
      low, high, divisor, kl_weight, _, power, old_penalty) = args  # fmt: skip
-    table, m = table.to(packing.dtype), packing.rows(m)
+    table, m = savable(table).to(packing.dtype), packing.rows(m)
     parts = _advantage_parts(packing, advantages)
     per_reward = packing.vector(reward_weights, parts.shape[1])
     weight = packing.vector(weights, packing.children)
     log_prob = reference.log_prob(
         packing.per_child(packing.rows(x)), packing.per_child(m), packing.rows(y), table, power
     )
-    old_lp = log_prob.detach() if old_log_prob is None else old_log_prob.to(packing.dtype)
+    old_lp = log_prob.detach()
+    if old_log_prob is not None:
+        old_lp = packing.vector(old_log_prob, packing.children)
     kl = old_distance = torch.zeros_like(weight)
     if ref is not None:
         kl = weight * table[:, 5] * _distance(packing, m, ref)
@@ -244,7 +250,7 @@ def _distance(packing: Packing, m: Tensor, other: Tensor) -> Tensor:
 
 def _advantage_parts(packing: Packing, advantages: Tensor) -> Tensor:
     """[children, R, 2]: the positive and the negative part."""
-    values = advantages.to(packing.dtype)
+    values = savable(advantages).to(packing.dtype)
     if values.dim() == 3:
         return values
     values = values[:, None] if values.dim() == 1 else values
@@ -253,10 +259,11 @@ def _advantage_parts(packing: Packing, advantages: Tensor) -> Tensor:
 
 def clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     """(low, high) of the clip range [1 - low, 1 + high]."""
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
     if not (0 <= low <= 1 and 0 <= high < math.inf):
         raise ValueError(
-            f"clip_range = {clip_range}: must be c or (low, high) with 0 <= low <= 1 and 0 <= high"
+            f"clip_range = {clip_range}: must be c or (low, high) with 0 <= low <= 1 and 0 <= "
+            "high, finite; (1.0, 1e9) does not clip"
         )
     return low, high
 

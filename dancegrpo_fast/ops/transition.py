@@ -20,6 +20,7 @@ from dancegrpo_fast.ops.packing import (
     pack,
     refuse_gradient,
     resolve,
+    savable,
     values_readable,
 )
 
@@ -58,7 +59,8 @@ def sample_transition(
         model_output: m, [states, ...], any floating dtype; computed with in float32 (float64 if
             model_output or latents is float64).
         latents: x, the same shape.
-        coefficients: [children, 8]: a, b, s, w, c, k, p, q (`transitions.coefficient_table`).
+        coefficients: [children, 8]: a, b, s, w, c, k, p, q (`transitions.coefficient_table`); s at
+            least 0.
         keys: One noise key per child: int64 [children, 2] or `DrawKey` objects. Element i of a
             latent takes element i of its key's normal, box or no box. Children with s = 0 use none.
             For Triton upload the table once: a CPU table is copied in every call.
@@ -84,7 +86,7 @@ def sample_transition(
     args = (latents, coefficients, keys, noise, child_offsets, action_box, dtype)
     name = resolve(implementation, model_output, latents)
     if name == "native" and not torch.compiler.is_compiling():
-        kernels, threads = autograd.kernels_of(name)
+        kernels, threads = autograd.eager_kernels(name)
         try:
             return SampledTransition(*kernels.sample_transition(model_output, *args, *threads))
         except kernels.Refused as error:
@@ -101,7 +103,7 @@ def sample_transition(
             box = registered.flat(action_box)
             drawn = registered.sample_transition(model_output, *inputs, box, dtype)
         else:
-            kernels, _ = autograd.kernels_of(name)
+            kernels, _ = autograd.eager_kernels(name)
             drawn = kernels.sample_transition(model_output, *inputs, action_box, dtype)
         return SampledTransition(*drawn)
 
@@ -238,7 +240,7 @@ def transition_log_prob(
             packing.per_child(packing.rows(latents)),
             packing.per_child(packing.rows(model_output)),
             packing.rows(next_latents),
-            coefficients.to(packing.dtype),
+            savable(coefficients).to(packing.dtype),
         )
     if torch.compiler.is_compiling():
         box = registered.flat(action_box)
@@ -284,7 +286,7 @@ def transition_mean(
         ValueError: Shapes, dtypes or devices that do not fit.
     """
     packing = pack(model_output, latents, coefficients, child_offsets, action_box)
-    return _affine(packing, model_output, latents, coefficients[:, 0:2])
+    return _affine(packing, model_output, latents, savable(coefficients)[:, 0:2])
 
 
 def x0_estimate(
@@ -300,7 +302,7 @@ def x0_estimate(
     Arguments, result and errors as `transition_mean`.
     """
     packing = pack(model_output, latents, coefficients, child_offsets, action_box)
-    return _affine(packing, model_output, latents, coefficients[:, 6:8])
+    return _affine(packing, model_output, latents, savable(coefficients)[:, 6:8])
 
 
 def _affine(packing: Packing, m: Tensor, x: Tensor, factors: Tensor) -> Tensor:

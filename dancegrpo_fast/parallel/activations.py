@@ -25,6 +25,7 @@ _ATTENTION = {
     _ATEN._scaled_dot_product_cudnn_attention.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
 }
+_GRAPHS = 64
 _MATMULS = {_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default}
 
 
@@ -43,6 +44,11 @@ def prepare_blocks(module: Any, parallel: ParallelConfig, blocks: tuple[str, ...
         contexts = _selective if parallel.checkpointing == "selective" else None
         module.enable_gradient_checkpointing(_recompute(contexts))
     if parallel.compile:
+        # Of a class of blocks, all together: with gradients and without, adapters on and off, a
+        # first block whose inputs need none, batches and their rest. Beyond the limit, which is 8,
+        # torch would run what is new uncompiled.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, _GRAPHS)
         for name in blocks:
             for block in getattr(module, name):
                 block.compile(mode="reduce-overhead" if parallel.compile == "graphs" else None)

@@ -17,6 +17,7 @@ from dancegrpo_fast.config import UserError
 from dancegrpo_fast.parallel.joint_attention import JOINT_NETWORKS, joint_attention
 
 _ALWAYS_MASKED = ("HunyuanVideoTransformer3DModel",)
+_WITHOUT_DISPATCHER = ("UNet2DConditionModel",)  # Its processors call SDPA.
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
@@ -104,7 +105,9 @@ def check_attention(
         split = degree > 1 and kind == "ulysses"
         by = f"{network} is split by diffusers (parallel.sp = {degree}), which cannot use it"
         no_mask = not row.masks or (split and not row.ulysses_masks)
+        fixed = network in _WITHOUT_DISPATCHER and row.diffusers is not None
         found = [
+            (fixed, f"{network} always calls PyTorch's SDPA"),
             (trained and not row.trains, "it has no backward and this network is trained"),
             (masked and no_mask, f"{network} masks its text and it takes no such mask"),
             (split and not row.ulysses, by),

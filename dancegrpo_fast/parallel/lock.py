@@ -15,11 +15,11 @@ class FolderLock:
     """Held by the main process for as long as it lives: a killed run leaves nothing behind.
 
     A folder that is there is locked at once; one that is not stays so until `take`, since a recipe
-    with a mistake must write nothing.
+    with a mistake must write nothing. `field` is what names it.
     """
 
-    def __init__(self, folder: Path, world: World) -> None:
-        self._folder, self._writes = folder, world.is_main
+    def __init__(self, folder: Path, world: World, *, field: str = "output") -> None:
+        self._folder, self._writes, self._field = folder, world.is_main, field
         self._handle: int | None = None
         if folder.is_dir():
             self.take()
@@ -41,8 +41,8 @@ class FolderLock:
             holder = os.read(handle, 200).decode(errors="replace").strip()
             os.close(handle)
             raise UserError(
-                f"output = {str(folder)!r}: another run is writing here ({holder or 'unknown'}); "
-                "wait for it, stop it, or give another folder"
+                f"{self._field} = {str(folder)!r}: another run is writing here "
+                f"({holder or 'unknown'}); wait for it, stop it, or give another folder"
             ) from None
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -6,7 +6,13 @@ Nothing is loaded: configurations are read, and the real classes run on tensors 
 from dancegrpo_fast.planner.batches import largest_batches
 from dancegrpo_fast.planner.estimate import Estimate, Hardware, Planner
 from dancegrpo_fast.planner.memory import PHASES, Memory
-from dancegrpo_fast.planner.table import batch_lines, mesh_text, plan_lines, plan_values
+from dancegrpo_fast.planner.table import (
+    batch_lines,
+    compared_text,
+    mesh_text,
+    plan_lines,
+    plan_values,
+)
 
 __all__ = [
     "PHASES",
@@ -15,6 +21,7 @@ __all__ = [
     "Memory",
     "Planner",
     "batch_lines",
+    "compared_text",
     "largest_batches",
     "mesh_text",
     "plan_lines",

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.models import Family
 from dancegrpo_fast.planner.estimate import Estimate, Hardware, Planner
-from dancegrpo_fast.planner.work import work_of
 
 _ALL = 1 << 30  # More states than a process has.
 FIELDS = {
@@ -45,13 +44,16 @@ def _of_fields(
             config = config.model_copy(update={section: part})
         return config
 
+    def of(config: RunConfig) -> Planner:
+        return Planner(config, planner.family, planner.networks, iteration=planner.iteration)
+
     def fits(size: int) -> bool:
-        changed = Planner(with_size(size), planner.family, planner.networks)
+        changed = of(with_size(size))
         memory = changed.estimate(hardware).memory
         return all(memory.total(phase) <= hardware.usable for phase in phases)
 
     config = with_size(_ALL)
-    work = work_of(config, planner.family, hardware.gpus, config.parallel.sp)
+    work = of(config).work(hardware.gpus, config.parallel.sp)
     calls = [work.rollout] if "rollout.batch_size" in fields else work.training
     return _largest(max(size for call in calls for sizes in call.values() for size in sizes), fits)
 

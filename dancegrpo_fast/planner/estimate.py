@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from pydantic import ValidationError
 
 from dancegrpo_fast import networks as networks_of_run
 from dancegrpo_fast.config import ParallelConfig, RunConfig, UserError
@@ -18,6 +19,7 @@ from dancegrpo_fast.models import Family
 from dancegrpo_fast.parallel.graphs import check_graphs
 from dancegrpo_fast.parallel.world import World, weight_axes
 from dancegrpo_fast.planner.memory import Memory, memory_of
+from dancegrpo_fast.planner.meshes import engines, meshes, reasons
 from dancegrpo_fast.planner.network import Networks, known_family
 from dancegrpo_fast.planner.tracing import Trace
 from dancegrpo_fast.planner.traffic import Mesh, Received, exchanged, wire
@@ -92,17 +94,18 @@ class Planner:
         config: The recipe.
         family: Opened, not loaded.
         networks: Its networks, without weights.
+        iteration: That is planned: a window moves.
     """
 
     def __init__(
-        self, config: RunConfig, family: Family, networks: Networks | None = None
-    ) -> None:
+        self, config: RunConfig, family: Family, networks: Networks | None = None,
+        *, iteration: int = 0,
+    ) -> None:  # fmt: skip
         known_family(config)
         self.config, self.family = config, family
         self.networks = networks or Networks(config, family)
-        self._work = cache(
-            lambda processes, sp: work_of(self.config, self.family, processes, sp)
-        )
+        self.iteration = iteration
+        self.work = cache(self._work)
 
     def estimate(
         self, hardware: Hardware, parallel: ParallelConfig | None = None, *, cuda: bool = True
@@ -126,7 +129,7 @@ class Planner:
         copies, shards = weight_axes(parallel, hardware.gpus)
         if parallel.sp > 1:
             self._check_split(config, hardware.gpus)
-        work = self._work(hardware.gpus, parallel.sp)
+        work = self.work(hardware.gpus, parallel.sp)
         memory = memory_of(
             config, self.family, self.networks, work, shards, hardware.gpus, cuda=cuda
         )
@@ -142,6 +145,9 @@ class Planner:
         sharded = parallel.engine == "fsdp" and hardware.gpus > 1
         flops = self._flops(config, work, sharded, cuda)
         return Estimate(config, work, memory, flops, received, _seconds(flops, received, hardware))
+
+    def _work(self, processes: int, sp: int) -> Work:
+        return work_of(self.config, self.family, processes, sp, iteration=self.iteration)
 
     def _flops(
         self, config: RunConfig, work: Work, sharded: bool, cuda: bool
@@ -175,62 +181,39 @@ class Planner:
         )
 
     def recommend(self, hardware: Hardware) -> tuple[Estimate, list[str]] | None:
-        """The fastest mesh that fits, and why; None if none does."""
-        found = list(self._candidates(hardware))
-        fitting = [estimate for estimate in found if estimate.fits(hardware)]
-        if not fitting:
-            return None
-        best = min(fitting, key=lambda estimate: estimate.total)
-        return best, list(_reasons(best, found, hardware))
+        """The fastest mesh that fits, and why; None if none does.
 
-    def _candidates(self, hardware: Hardware) -> Iterator[Estimate]:
-        given = self.config.parallel
-        choices = meshes(given, hardware)
-        if self.config.loss.reuse_forwards and hardware.gpus > 1:
-            kinds = ("none", "selective", "full")
-            choices = (given.model_copy(update={"checkpointing": kind}) for kind in kinds)
-        for parallel in choices:
+        Of the recipe's engine, and only if nothing of it fits of FSDP.
+        """
+        for parallel in engines(self.config.parallel, hardware):
+            found = list(self._candidates(hardware, parallel))
+            fitting = [estimate for estimate in found if estimate.fits(hardware)]
+            if fitting:
+                best = min(fitting, key=lambda estimate: estimate.total)
+                return best, list(reasons(best, found, hardware))
+        return None
+
+    def _candidates(self, hardware: Hardware, given: ParallelConfig) -> Iterator[Estimate]:
+        for parallel in meshes(given, hardware):
             try:
+                RunConfig.model_validate(
+                    self.config.model_dump() | {"parallel": parallel.model_dump()}
+                )
                 yield self.estimate(hardware, parallel)
-            except UserError:
+            except (UserError, ValidationError):
                 continue  # This split or spread is not possible; others are.
 
     def smallest(self, hardware: Hardware) -> Estimate | None:
         """What comes nearest to fitting."""
         return min(
-            self._candidates(hardware),
+            (
+                estimate
+                for parallel in engines(self.config.parallel, hardware)
+                for estimate in self._candidates(hardware, parallel)
+            ),
             key=lambda estimate: estimate.memory.total(estimate.memory.peak),
             default=None,
         )
-
-
-def meshes(given: ParallelConfig, hardware: Hardware) -> Iterator[ParallelConfig]:
-    """The meshes worth comparing: copies of the weights in whole machines, or one on all GPUs."""
-    if hardware.gpus == 1:
-        axes = [(1, 1, 1)]
-    else:
-        inside = min(hardware.machine, hardware.gpus)
-        sizes = {inside * k for k in range(1, hardware.gpus // inside + 1)}
-        sizes |= {1, 2, 4, hardware.gpus}
-        axes = [
-            (hardware.gpus // size, size // sp, sp)
-            for size in sorted(sizes)
-            if hardware.gpus % size == 0
-            for sp in (1, 2, 4, 8)
-            if size % sp == 0 and sp <= inside
-        ]
-    several = hardware.gpus > 1
-    for copies, shards, sp in axes:
-        for checkpointing in ("none", "selective", "full"):
-            for defer in (False, True) if several else (False,):
-                for gather in (True, False) if several else (True,):
-                    yield given.model_copy(
-                        update={
-                            "engine": "fsdp", "dp_replicate": copies, "dp_shard": shards, "sp": sp,
-                            "checkpointing": checkpointing, "defer_reduction": defer,
-                            "gather_rollout": gather,
-                        }
-                    )  # fmt: skip
 
 
 def _seconds(
@@ -243,28 +226,3 @@ def _seconds(
             moved.inside / hardware.inside + moved.between / hardware.link
         )
     return seconds
-
-
-def _reasons(best: Estimate, others: list[Estimate], hardware: Hardware) -> Iterator[str]:
-    """For each choice, what the alternatives would cost, all else equal."""
-    keys = ("dp_replicate", "dp_shard", "sp", "checkpointing", "defer_reduction", "gather_rollout")
-    axes = ("dp_replicate", "dp_shard", "sp")
-    chosen = best.config.parallel
-
-    def like(estimate: Estimate, free: tuple[str, ...]) -> bool:
-        parallel = estimate.config.parallel
-        return all(getattr(parallel, k) == getattr(chosen, k) for k in keys if k not in free)
-
-    for free in (axes, ("checkpointing",), ("defer_reduction",), ("gather_rollout",)):
-        rivals = [e for e in others if e is not best and like(e, free)]
-        if not rivals:
-            continue
-        fitting = [e for e in rivals if e.fits(hardware)]
-        rival = min(fitting or rivals, key=lambda e: e.total)
-        need = rival.memory.total(rival.memory.peak)
-        name = " ".join(f"{k}={getattr(chosen, k)}" for k in free).lower()
-        other = " ".join(f"{k}={getattr(rival.config.parallel, k)}" for k in free).lower()
-        if not fitting:
-            yield f"{name}: {other} needs {need / 1e9:.0f} GB in {rival.memory.peak}"
-        else:
-            yield f"{name}: {other} takes {rival.total:.0f} s instead of {best.total:.0f} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from dancegrpo_fast.updating import old_log_prob_mode
 PHASES = ("embed", "rollout", "decode", "score", "train", "step", "save")
 _MASTER = 4  # Trained weights, gradients, each Adam moment and the average are float32.
 _BUCKET = 200e6  # DeepSpeed's exchange buffers, as parallel/zero.py sets them; two of them.
+_LIVE = 1_000_000_000  # Elements that ZeRO 3 leaves whole between uses: its default.
 _UNITS = {"MB": 1e6, "GB": 1e9}
 
 
@@ -107,6 +109,10 @@ def memory_of(
     if zero and not parallel.offload_optimizer:  # Of its slice; others' optimizer is fused.
         stepping["temporary"] = trained_elements(networks) * _MASTER / processes
     rollout = drawing | _rollout(config, networks, work, sharded, latent, cuda)
+    train = during | _train(config, networks, work, found, shards, processes, latent, cuda)
+    if zero and parallel.zero_stage == 3:
+        rollout["gathered weights"] = _live(networks, math.inf)
+        train["gathered weights"] = _live(networks, _LIVE)
     if config.rollout.tree.kind == "search":  # It scores between its steps, networks gathered.
         rollout["VAE"] = vae
         scoring = scoring | {row: size for row, size in rollout.items() if row != "activations"}
@@ -115,12 +121,15 @@ def memory_of(
         "rollout": rollout,
         "decode": scoring | {"VAE": vae, "activations": decoding},
         "score": scoring | {"rewards on loan": brought, "pixels": float(batch * clip)},
-        "train": during | _train(config, networks, work, found, shards, processes, latent, cuda),
+        "train": train,
         "step": stepping,
         "save": dict(resident),
     }
     kinds = 3 + (config.policy.ema_decay is not None)  # Weights, two moments, the average.
-    copied = trained_elements(networks, shards) * _MASTER * kinds
+    copied = float(trained_elements(networks, shards) * _MASTER * kinds)
+    if zero:  # Moments are cut as FSDP's are, the others with stage 3 only: parallel/zero.py.
+        others = (kinds - 2) / (processes if parallel.zero_stage == 3 else 1)
+        copied = trained_elements(networks) * _MASTER * (2 / processes + others)
     if cuda:
         found.host += copied  # Staged there, then written in the background.
     elif config.checkpoint.background:
@@ -145,14 +154,19 @@ def _resident(
     parallel, all_networks = config.parallel, networks.networks.values()
     trained = trained_elements(networks, shards) * _MASTER
     weights = float(sum(n.stored(shards) + n.buffers for n in all_networks))
-    copies = weights if config.loss.kl_weight > 0 and config.policy.train == "full" else 0.0
-    optimizer = 2.0 * trained
+    copies = 0.0
+    if config.loss.kl_weight > 0 and config.policy.train == "full":
+        # Frozen, so in `model.dtype`; the little that its class keeps in float32 is not told apart.
+        width = networks.family.dtype.itemsize
+        copies = float(sum(n.elements(shards=shards) * width + n.buffers for n in all_networks))
+    optimizer, average = 2.0 * trained, float(trained)
     rows: dict[str, float] = {}
     if processes > 1 and parallel.engine == "deepspeed":
         found.unknown.append("DeepSpeed's buffers: by ZeRO's formulas, not measured")
         optimizer = 3.0 * trained / processes  # A master copy of its slice besides.
         if parallel.zero_stage == 3:
             weights, copies = weights / processes, copies / processes
+            average = trained / processes
         if parallel.offload_optimizer:
             found.host, optimizer = found.host + optimizer, 0.0
         rows["buffers"] = 2 * _BUCKET
@@ -162,27 +176,34 @@ def _resident(
     if copies:
         rows["reference"] = copies
     if config.policy.ema_decay is not None:
-        rows["average"] = trained
+        rows["average"] = average
     return rows
 
 
 def _rollout(
     config: RunConfig, networks: Networks, work: Work, sharded: bool, latent: int, cuda: bool
 ) -> dict[str, float]:
-    most = 0.0
+    most, lower = 0.0, config.rollout.pool_dtype
+    pool = work.pool if lower else {}
     for name, batches in work.rollout.items():
-        trace = networks.call(
-            name, max(batches), "none", gathered=sharded, cuda=cuda, sp=config.parallel.sp
-        )
-        most = max(most, trace.forward_peak)
+        # The narrower copies that autocast keeps of wide weights are among these, and float8's.
+        lowered = Counter(pool.get(name))
+        for arithmetic, sizes in ((None, Counter(batches) - lowered), (lower, lowered)):
+            if not sizes:
+                continue
+            trace = networks.call(
+                name, max(sizes), "none", gathered=sharded, cuda=cuda, sp=config.parallel.sp,
+                lower=arithmetic,
+            )  # fmt: skip
+            most = max(most, trace.forward_peak)
     # Initial noise and a level's children stand beside what is kept of them.
     passing = work.level if cuda and config.rollout.offload else work.passing
     rows = {"activations": most, "passing latents": float(passing * latent)}
     if sharded:
         rows["gathered weights"] = _gathered(networks, whole=config.parallel.gather_rollout)
-    if config.rollout.pool_dtype == "float8_e4m3":  # A byte each, at most.
-        blocks = [group for n in networks.networks.values() for group in n.groups[1:]]
-        rows["float8 weights"] = float(sum(group.elements() for group in blocks))
+    if lower == "float8_e4m3" and len(pool) > 1:  # Converted once a draw: the other expert's wait.
+        blocks = [sum(g.elements() for g in networks.networks[name].groups[1:]) for name in pool]
+        rows["float8 weights"] = float(sum(blocks) - min(blocks))
     return rows
 
 
@@ -204,6 +225,12 @@ def _gathered(networks: Networks, *, whole: bool) -> float:
         parts = blocks if whole else blocks[:2]  # The next block arrives while one works.
         most = max(most, network.groups[0].elements() + sum(parts))
     return float(most * width)
+
+
+def _live(networks: Networks, most: float) -> float:
+    """Weights that ZeRO 3 has whole at once, of a network at most so many elements."""
+    parts = networks.networks.values()
+    return max(part.stored() * min(1.0, most / part.elements()) for part in parts)
 
 
 def _gradients(config: RunConfig, networks: Networks, shards: int, processes: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +14,7 @@ from dancegrpo_fast.config import ParallelConfig, RunConfig, UserError
 from dancegrpo_fast.models import Conditions, Family
 from dancegrpo_fast.models.family import DTYPES
 from dancegrpo_fast.models.loading import build
+from dancegrpo_fast.models.precision import lower_precision
 from dancegrpo_fast.parallel.activations import prepare_blocks
 from dancegrpo_fast.planner.inputs import TEXT, condition
 from dancegrpo_fast.planner.tracing import Trace, hollow, measure, trace, without_storage
@@ -133,8 +135,9 @@ class Networks:
         return Network(name, tuple(Group(tuple(group)) for group in groups), buffers)
 
     def _call(
-        self, name: str, batch: int, checkpointing: str, *, gathered: bool, cuda: bool, sp: int = 1
-    ) -> Trace:
+        self, name: str, batch: int, checkpointing: str, *, gathered: bool, cuda: bool, sp: int = 1,
+        lower: str | None = None,
+    ) -> Trace:  # fmt: skip
         """A call on some states, guidance included.
 
         Args:
@@ -144,8 +147,10 @@ class Networks:
             gathered: Weights come from FSDP, in the arithmetic's type.
             cuda: Follow CUDA's autocast.
             sp: Processes that share the tokens: by linearity from two sizes of the sample.
+            lower: `rollout.pool_dtype`, inside which a forward runs; never with sp.
         """
-        full = self.traced(name, batch, checkpointing, self.family.latent_shape, gathered, cuda)
+        shape = self.family.latent_shape
+        full = self.traced(name, batch, checkpointing, shape, gathered, cuda, lower)
         if sp == 1:
             return full
         channels, frames, height, width = self.family.latent_shape
@@ -162,7 +167,7 @@ class Networks:
 
     def _traced(
         self, name: str, batch: int, checkpointing: str, shape: tuple[int, ...], gathered: bool,
-        cuda: bool,
+        cuda: bool, lower: str | None = None,
     ) -> Trace:  # fmt: skip
         family = self.family
         parallel = ParallelConfig.model_validate({"checkpointing": checkpointing})
@@ -172,7 +177,8 @@ class Networks:
             latents = torch.empty(batch, *shape, dtype=torch.float32)
             timesteps = torch.empty(batch, dtype=torch.float32)
             given = Conditions.of([row] * batch)
-            return family.model_output(module, latents, timesteps, given, name).float()
+            with lower_precision(family, lower, [module]) if lower else nullcontext():
+                return family.model_output(module, latents, timesteps, given, name).float()
 
         return trace(
             lambda: self._make(name),
@@ -180,6 +186,7 @@ class Networks:
             self._gathered_dtype if gathered else self.stored_dtype,
             family.blocks,
             prepare=lambda module: prepare_blocks(module, parallel, family.blocks),
+            backward=lower is None,
             cuda=cuda,
         )
 

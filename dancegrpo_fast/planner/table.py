@@ -5,21 +5,42 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dancegrpo_fast.config import ParallelConfig
 from dancegrpo_fast.planner.estimate import Estimate, Hardware
+from dancegrpo_fast.planner.meshes import COMPARED
 
 
-def mesh_text(estimate: Estimate) -> str:
-    """The mesh as overrides of a recipe."""
+def mesh_text(estimate: Estimate, given: ParallelConfig | None = None) -> str:
+    """The mesh as overrides of a recipe.
+
+    Args:
+        estimate: On the mesh.
+        given: The recipe's settings; what else differs from them is set, too.
+    """
     parallel = estimate.config.parallel
-    if parallel.engine != "fsdp":
-        return f"parallel.engine={parallel.engine} parallel.checkpointing={parallel.checkpointing}"
-    shard = "null" if parallel.dp_shard is None else parallel.dp_shard
+    names = ["engine", *(name for together in COMPARED[parallel.engine] for name in together)]
+    if parallel.sp > 1 and "sp" not in names:
+        names.append("sp")
+    if given is not None:
+        other = (name for name in ParallelConfig.model_fields if name not in names)
+        names += [name for name in other if getattr(parallel, name) != getattr(given, name)]
+    values = ((name, getattr(parallel, name)) for name in names)
+    texts = {None: "null", True: "true", False: "false"}
+    return " ".join(
+        f"parallel.{name}={texts[v] if v is None or isinstance(v, bool) else v}"
+        for name, v in values
+    )
+
+
+def compared_text(estimate: Estimate, given: ParallelConfig) -> str:
+    """What a recommended mesh was compared with, for a recipe's settings."""
+    engine = estimate.config.parallel.engine
+    fields = ", ".join(name for together in COMPARED[engine] for name in together)
+    if engine == given.engine:
+        return f"compared: engine {engine}, the recipe's, with values of {fields}"
     return (
-        f"parallel.engine=fsdp parallel.dp_replicate={parallel.dp_replicate} "
-        f"parallel.dp_shard={shard} parallel.sp={parallel.sp} "
-        f"parallel.checkpointing={parallel.checkpointing} "
-        f"parallel.defer_reduction={str(parallel.defer_reduction).lower()} "
-        f"parallel.gather_rollout={str(parallel.gather_rollout).lower()}"
+        f"compared: engine {given.engine}, the recipe's, of which nothing fits, and {engine} with "
+        f"values of {fields}"
     )
 
 
@@ -77,12 +98,25 @@ def _cost_lines(estimate: Estimate, hardware: Hardware) -> list[str]:
     return lines
 
 
-def batch_lines(largest: Mapping[str, int], tokens: int | None) -> list[str]:
-    """The largest batches that fit, and the image tokens of one call."""
+def batch_lines(
+    largest: Mapping[str, int], tokens: int | None, *, compared: bool = False
+) -> list[str]:
+    """The largest batches that fit, and the image tokens of one call.
+
+    Args:
+        largest: By field.
+        tokens: Of a state.
+        compared: Log-probs of the rollout's batches are compared with those of training's.
+    """
     lines = []
     for field, size in largest.items():
         of_tokens = "" if tokens is None else f", {size} x {tokens} image tokens a call"
         lines.append(f"  {field}={size}{of_tokens}" if size else f"  {field}: not even 1 fits")
+    if compared:
+        lines.append(
+            "  (loss.old_log_prob = rollout: in batches of more than 1 ratios begin at 1 only up "
+            "to rounding; watch gate/max_gap)"
+        )
     return ["largest batches that fit there (with loss.reuse_forwards both, else either):", *lines]
 
 
@@ -91,7 +125,7 @@ def plan_values(estimate: Estimate, hardware: Hardware) -> dict[str, Any]:
     memory, parallel = estimate.memory, estimate.config.parallel
     keys = (
         "engine", "dp_replicate", "dp_shard", "sp", "checkpointing", "defer_reduction",
-        "gather_rollout",
+        "gather_rollout", "zero_stage", "offload_optimizer",
     )  # fmt: skip
     return {
         "hardware": vars(hardware),

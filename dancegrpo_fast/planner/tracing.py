@@ -261,6 +261,7 @@ def trace(
     lists: Sequence[str],
     *,
     prepare: Callable[[nn.Module], object] = lambda module: None,
+    backward: bool = True,
     cuda: bool = True,
 ) -> Trace:
     """A network's trace, from its first blocks of each kind.
@@ -271,6 +272,7 @@ def trace(
         dtype_of: Type of a parameter by its name.
         lists: Names of its lists of blocks.
         prepare: Applied to the network before it runs (checkpointing).
+        backward: False: only forwards without gradients, the other numbers are 0.
         cuda: As in `measure`.
     """
     kinds = kinds_of_blocks(make(), lists)
@@ -289,7 +291,7 @@ def trace(
         with without_storage():
             hollow(module, dtype_of)
             prepare(module)
-            parameters = [p for p in module.parameters() if p.requires_grad]
+            parameters = [p for p in module.parameters() if p.requires_grad and backward]
             return measure(lambda: call(module), parameters, cuda=cuda)
 
     least = total = run(None)

@@ -61,18 +61,21 @@ class Mesh:
         """Processes."""
         return self.copies * self.shards
 
+    def in_machine(self, neighbours: int) -> bool:
+        """Whether no group of so many neighbours reaches from one machine into another."""
+        return self.machine % neighbours == 0 or self.size <= self.machine
+
     def of_copy(self, size: float, calls: int) -> Received:
         """Bytes gathered or reduced inside a copy of the weights, in so many collectives."""
-        inside = self.shards <= self.machine and self.machine % self.shards == 0
-        return self._received(size, self.shards, inside, calls)
+        return self._received(size, self.shards, self.in_machine(self.shards), calls)
 
     def of_copies(self, size: float, calls: int) -> Received:
         """Bytes all-reduced between the copies."""
-        return self._received(2 * size, self.copies, self.size <= self.machine, calls)
+        return self._received(2 * size, self.copies, self.in_machine(self.size), calls)
 
     def of_all(self, size: float, calls: int) -> Received:
         """Bytes gathered or reduced over all processes."""
-        return self._received(size, self.size, self.size <= self.machine, calls)
+        return self._received(size, self.size, self.in_machine(self.size), calls)
 
     @staticmethod
     def _received(size: float, ranks: int, inside: bool, calls: int) -> Received:
@@ -140,8 +143,8 @@ def exchanged(
         blocks, passes = len(network.groups) - 1, 2 + (parallel.checkpointing != "none")
         drawn, again = work.rollout.get(name, []), work.recomputed.get(name, [])
         trained = [batch for update in work.training for batch in update.get(name, [])] * passes
-        rollout += _passes(drawn, once, blocks, inside=mesh.machine % sp == 0)
-        update += _passes(again + trained, once, blocks, inside=mesh.machine % sp == 0)
+        rollout += _passes(drawn, once, blocks, inside=mesh.in_machine(sp))
+        update += _passes(again + trained, once, blocks, inside=mesh.in_machine(sp))
     return rollout, update
 
 

@@ -32,6 +32,7 @@ class Work:
         plan: The tree of every prompt.
         rollout: Batch sizes of the forwards of a rollout without gradients, samples that are drawn
             again included.
+        pool: Those of them whose samples are only scored (`rollout.redraw`).
         gathers: How often a rollout gathers the weights: once for each part that is drawn.
         agreed: Forwards a rollout makes where every rank must make the same number.
         training: Of each update, the batch sizes of its forwards and backwards.
@@ -50,6 +51,7 @@ class Work:
 
     plan: TreePlan
     rollout: dict[str, list[int]]
+    pool: dict[str, list[int]]
     gathers: dict[str, int]
     agreed: dict[str, int]
     training: tuple[dict[str, list[int]], ...]
@@ -64,7 +66,9 @@ class Work:
     samples: int
 
 
-def work_of(config: RunConfig, family: Family, processes: int, sp: int = 1) -> Work:
+def work_of(
+    config: RunConfig, family: Family, processes: int, sp: int = 1, *, iteration: int = 0
+) -> Work:
     """The work of an iteration on a number of processes.
 
     Raises:
@@ -74,13 +78,13 @@ def work_of(config: RunConfig, family: Family, processes: int, sp: int = 1) -> W
     prompts, size = config.data.prompts_per_iteration, config.rollout.group_size
     spread = config.parallel.groups == "spread"
     try:
-        plan = plan_iteration(config, family.grid, 0)
+        plan = plan_iteration(config, family.grid, iteration)
         owner = leaf_owners(prompts, size, ranks, spread=spread)
         walked, walker = walk(config.rollout, plan, owner)
     except ValueError as error:
         raise UserError(str(error)) from error
     modules = family.grid.module_names(plan.schedule)
-    updates, owner_again = _updates(config, plan, owner, modules, ranks)
+    updates, owner_again = _updates(config, plan, owner, modules, ranks, iteration)
     training = tuple(_batches(update.calls) for update in updates)
     recomputed: dict[str, list[int]] = {}
     mode = old_log_prob_mode(config)
@@ -104,6 +108,7 @@ def work_of(config: RunConfig, family: Family, processes: int, sp: int = 1) -> W
     return Work(
         plan=plan,
         rollout=_joined(draw.forwards for draw in draws),
+        pool=_joined(draw.forwards for draw in draws[:-1] if config.rollout.redraw),
         gathers=dict(Counter(name for draw in draws for name in draw.forwards)),
         agreed=dict(sum((draw.agreed for draw in draws), Counter())),
         training=training,
@@ -234,7 +239,8 @@ def _joined(parts: Iterable[dict[str, list[int]]]) -> dict[str, list[int]]:
 
 
 def _updates(
-    config: RunConfig, plan: TreePlan, owner: np.ndarray, modules: Sequence[str], ranks: int
+    config: RunConfig, plan: TreePlan, owner: np.ndarray, modules: Sequence[str], ranks: int,
+    iteration: int,
 ) -> tuple[list[Update], np.ndarray]:  # fmt: skip
     """The update schedule of rank 0, and the rank that holds each sample for it."""
     prompts, size = owner.shape
@@ -248,10 +254,10 @@ def _updates(
     edges = None
     if config.advantage.credit != "leaf":
         edges, _ = edge_advantages(plan, drawn, weights, config.advantage)
-    key = NoiseKey.from_seed(config.seed).fold_in(Role.SELECTION).fold_in(0)  # As the trainer's.
+    key = NoiseKey.from_seed(config.seed).fold_in(Role.SELECTION)  # As the trainer's.
     updates = build_updates(
-        plan, advantages, selected, key=key, modules=modules, rank=0, world_size=ranks,
-        owner=owner, updates=config.loss.updates,
+        plan, advantages, selected, key=key.fold_in(iteration), modules=modules, rank=0,
+        world_size=ranks, owner=owner, updates=config.loss.updates,
         timestep_fraction=config.loss.timestep_fraction,
         timesteps=config.loss.timesteps, timestep_scope=config.loss.timestep_scope,
         micro_batch_size=config.loss.micro_batch_size, edge_values=edges,

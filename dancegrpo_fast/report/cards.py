@@ -94,9 +94,9 @@ def _score(reward: float) -> str:
 
 def _small(path: Path) -> bytes:
     """A GIF as it goes into the page: a large one is re-encoded small."""
-    image = Image.open(path)
     if path.stat().st_size < 60_000:
         return path.read_bytes()
+    image = Image.open(path)
     frames = [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
     clip = np.stack(frames).transpose(0, 3, 1, 2)
     buffer = io.BytesIO()

@@ -10,16 +10,18 @@ from __future__ import annotations
 import logging
 import math
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dancegrpo_fast.config import EvaluationConfig
+from dancegrpo_fast.config import EvaluationConfig, UserError
 from dancegrpo_fast.ops.noise import NoiseKey, keys_table, normal_batch
 from dancegrpo_fast.parallel.world import World
 from dancegrpo_fast.prompt import Prompt
@@ -76,9 +78,17 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: Path) -> Evaluation:
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as stored:
-            values = {name: stored[name] for name in stored.files}
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                values = {name: stored[name] for name in stored.files}
+        except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+            reason = f"cannot be read ({error}); remove it, and the base is evaluated again"
+            raise UserError(f"{path}: {reason}") from None
         texts = {name: tuple(values[name].tolist()) for name in ("names", "part_names")}
         return cls(**{**values, **texts})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.faults import is_full_disk
 from dancegrpo_fast.report.evaluate import Evaluation
-from dancegrpo_fast.report.metrics import JsonLines, save_clip
+from dancegrpo_fast.report.metrics import Clip, JsonLines, save_clip
 from dancegrpo_fast.report.record import write_record
 from dancegrpo_fast.report.run_page import write_page
 from dancegrpo_fast.report.trackers import open_trackers
@@ -57,11 +57,11 @@ class RunLog:
             return
         with self._sparing(iteration):
             self._metrics.write(iteration, values)
-        saved = []
+        saved: list[Clip] = []
+        folder, fps = self.folder / "clips", self.config.model.fps or 8
         for tag, video in clips:
             with self._sparing(iteration):
-                fps = self.config.model.fps or 8
-                saved.append(save_clip(self.folder / "clips", tag, video, iteration, fps=fps))
+                saved.append(save_clip(folder, tag, video, iteration, fps=fps, beside=saved))
         for tracker in self._trackers:
             with self._sparing(iteration):
                 tracker.write(iteration, values, saved)

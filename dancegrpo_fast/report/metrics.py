@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,21 @@ def check_new(path: Path) -> None:
             f"output = {str(path.parent)!r}: already holds a run; "
             "continue it with --resume latest, or name another folder"
         )
+
+
+def check_folder(output: str) -> None:
+    """Refuse a folder that cannot be made or written, without making it.
+
+    Raises:
+        UserError: It is a file, lies below one, or may not be written.
+    """
+    folder = Path(output)
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not output or not above.is_dir():
+        what = above if output else "this"
+        raise UserError(f"output = {output!r}: {what} is no folder; name one")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"output = {output!r}: {above} may not be written; name another folder")
 
 
 class JsonLines:
@@ -127,14 +142,33 @@ class Clip:
     width: int
 
 
-def save_clip(folder: Path, tag: str, video: Tensor, iteration: int, *, fps: float = 8) -> Clip:
-    """Write `<tag>_<iteration>.gif` of [F, 3, H, W] in [0, 1] into a folder."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", tag).strip("_")[:80]
+def save_clip(
+    folder: Path,
+    tag: str,
+    video: Tensor,
+    iteration: int,
+    *,
+    fps: float = 8,
+    beside: Sequence[Clip] = (),
+) -> Clip:
+    """Write `<tag>_<iteration>.gif` of [F, 3, H, W] in [0, 1] into a folder.
+
+    Args:
+        folder: Made if missing.
+        tag: Of which the file's name keeps what every file system takes.
+        video: The clip.
+        iteration: Finished iterations.
+        fps: Frames per second; a GIF has at most 100.
+        beside: Clips of the same iteration, whose files stay.
+    """
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", tag).strip("_")[:80] or "clip"
     path = folder / f"{name}_{iteration:06d}.gif"
+    if path in [clip.path for clip in beside]:  # Prompts in Chinese, or with one beginning.
+        path = folder / f"{name}_{len(beside) + 1}_{iteration:06d}.gif"
     folder.mkdir(exist_ok=True)
     # Whole or not at all: a full disk must not leave half a picture for the page to read.
     partial = path.with_suffix(".partial")
-    write_gif(partial, video, fps=fps)
+    write_gif(partial, video, fps=min(fps, 100))
     os.replace(partial, path)
     frames, _, height, width = video.shape
     return Clip(tag, path, frames, height, width)

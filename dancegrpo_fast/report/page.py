@@ -46,12 +46,15 @@ class Pictures:
 
     def tag(self, picture: bytes, alt: str) -> str:
         """An `<img>` of a GIF, WebP or PNG; small ones are enlarged without blur."""
+        try:
+            image = Image.open(io.BytesIO(picture))
+        except OSError:  # Such as a copy of the folder that was cut off.
+            return '<span class="none">unreadable</span>'
         encoded = base64.b64encode(picture).decode()
         if len(encoded) > self._room:
             self.left_out += 1
             return '<span class="none">no room</span>'
         self._room -= len(encoded)
-        image = Image.open(io.BytesIO(picture))
         look = ' class="small"' if image.width < 160 else ""
         return (
             f'<img src="data:image/{str(image.format).lower()};base64,{encoded}"{look} '

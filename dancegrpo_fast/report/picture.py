@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,10 +51,12 @@ def write_picture(
             cell.imshow(_strip(clips[row]), interpolation="nearest")
             cell.set_axis_off()
             title = ("before", "after")[column - 1] if row == 0 else ""
-            told = f"{title}\n{prompt}" if column == 1 else title
+            told = f"{title}\n{' '.join(prompt.split())[:100]}" if column == 1 else title
             # A prompt with dollar signs is no formula.
             cell.set_title(told, fontsize=8, loc="left", parse_math=False)
-    figure.savefig(path)
+    with warnings.catch_warnings():  # Its font has no Chinese: boxes, and no line for each.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(path)
     return path
 
 

@@ -71,9 +71,9 @@ class RunFiles:
             )
         config = load_config(recipe)
         lines, times = (_lines(folder / f"{name}.jsonl") for name in ("metrics", "times"))
-        summary = _json(folder / "summary.json")
+        summary = _json(folder / "summary.json", dict, "iterations")
         done = max((int(line["iteration"] or 0) for line in lines), default=0)
-        findings = _json(folder / "audit.json") or []
+        findings = _json(folder / "audit.json", list) or []
         if summary is not None and not summary["iterations"] == config.iterations == done:
             # Of the end that a run had before it was resumed to go further.
             summary, findings = None, []
@@ -228,10 +228,14 @@ def _lines(path: Path) -> Lines:
     return read_metrics(path) if path.is_file() else []
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path, kind: type[Any], *keys: str) -> Any:
+    """What a file holds, None if it is not there."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path}: is no JSON; write it again or remove it") from None
+    if not isinstance(value, kind) or any(key not in value for key in keys):
+        raise UserError(f"{path}: is not what a run writes; write it again or remove it")
+    return value

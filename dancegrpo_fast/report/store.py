@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dancegrpo_fast.config import RewardConfig
+from dancegrpo_fast.config import RewardConfig, UserError
 from dancegrpo_fast.ops.noise import NoiseKey, keys_table, normal_batch
 from dancegrpo_fast.prompt import Prompt
 from dancegrpo_fast.roles import Role
@@ -133,13 +133,21 @@ class Store:
         os.replace(partial, file)
 
     def read(self, file: Path) -> Tensor:
-        """[F, 3, H, W] uint8."""
-        if file.suffix == ".png":
-            frames = np.array(Image.open(file).convert("RGB"))[None]
-        else:
-            with av.open(str(file)) as container:
-                decoded = container.decode(video=0)
-                frames = np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])
+        """[F, 3, H, W] uint8.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        try:
+            if file.suffix == ".png":
+                frames = np.array(Image.open(file).convert("RGB"))[None]
+            else:
+                with av.open(str(file)) as container:
+                    decoded = container.decode(video=0)
+                    frames = np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])
+        except (OSError, ValueError, SyntaxError, IndexError, av.FFmpegError) as error:
+            reason = f"cannot be read ({error}); remove it, and it is drawn again"
+            raise UserError(f"{file}: {reason}") from None
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
     # ---- scores --------------------------------------------------------------------------------
@@ -154,9 +162,13 @@ class Store:
             if cut and path == self._own:
                 with path.open("rb+") as file:
                     file.truncate(path.stat().st_size - len(cut))
-            for line in lines:
-                name, value = json.loads(line)
-                self.values[name] = value
+            for number, line in enumerate(lines, 1):
+                try:
+                    name, value = json.loads(line)
+                    self.values[name] = float(value)
+                except (ValueError, TypeError):
+                    reason = "is not what `evaluate` writes; remove that line"
+                    raise UserError(f"{path}: line {number} {reason}") from None
 
     @property
     def _own(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TextIO
@@ -20,7 +21,7 @@ _BLOCKS, _PLAIN = "".join(map(chr, range(0x2581, 0x2589))), "_.-=+*%#"
 class Terminal:
     """Progress of a run on stderr: iterations, reward and its trend, speed, ETA, GPU memory.
 
-    On a terminal a bar, rewritten in place. Elsewhere (a log file, a scheduler's output) one line
+    On a terminal a bar, rewritten in place. Elsewhere (a log file, TERM=dumb) one line
     an iteration through `logging`, which nothing rewrites.
 
     Args:
@@ -37,7 +38,8 @@ class Terminal:
         self._rewards: list[float] = []
         self._seconds: list[float] = []
         self._ramp = _ramp(self._stream)
-        live = shown and self._stream.isatty()
+        # A dumb terminal shows the codes that move a bar.
+        live = shown and self._stream.isatty() and os.environ.get("TERM") != "dumb"
         # tqdm's own ETA is a mean that forgets: right where evaluations and snapshots cost time.
         self._bar = tqdm(
             total=total, initial=done, desc="iterations", disable=not live, file=self._stream

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, groupby
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -69,10 +69,11 @@ class _Wrapped(SampleReward):
 class OnFrames(_Wrapped):
     """The reward of some frames only, as a shorter video; positions count from the end if < 0."""
 
-    def __init__(self, inner: Reward, frames: Sequence[int]) -> None:
+    def __init__(self, inner: Any, frames: Sequence[int]) -> None:
         super().__init__(inner)
         self.inner, self.frames = inner, tuple(frames)
-        self.differentiable = getattr(inner, "differentiable", False)
+        able = hasattr(inner, "gradient_scores")  # A class of the user's need not have it.
+        self.differentiable = able and getattr(inner, "differentiable", False)
 
     def _chosen(self, samples: Samples) -> Samples:
         count = samples.videos.shape[1]
@@ -86,9 +87,10 @@ class OnFrames(_Wrapped):
 
     def gradient_scores(self, samples: Samples) -> Tensor:
         """See `SampleReward.gradient_scores`."""
-        if not (self.differentiable and isinstance(self.inner, SampleReward)):
+        if not self.differentiable:
             return super().gradient_scores(samples)
-        return self.inner.gradient_scores(self._chosen(samples))
+        scores: Tensor = self.inner.gradient_scores(self._chosen(samples))
+        return scores
 
 
 class Threshold(_Wrapped):

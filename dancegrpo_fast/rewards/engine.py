@@ -126,7 +126,7 @@ class Engine:
 
     def _work(self, reward: Reward, device: torch.device) -> None:
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device.index or 0)  # It takes no "cuda".
         if isinstance(reward, Placeable):
             reward.place(device)
         while batch := self._take():

@@ -81,13 +81,21 @@ def read(path: Path) -> tuple[Tensor, float | None]:
 
     Raises:
         OSError: The file cannot be read.
+        ValueError: Its values do not fit 8 bits, or its frames one size.
     """
     if path.suffix.lower() in VIDEOS:
         return _read_video(path)
-    with Image.open(path) as image:
-        frames = [np.array(f.convert("RGB")) for f in ImageSequence.Iterator(image)]
-        # GIF keeps milliseconds per frame; 0 is taken as 100, as browsers do.
-        milliseconds = image.info.get("duration") or 100
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them to white.
+                raise ValueError(f"{path.name} has more than 8 bits a channel; save it with 8")
+            frames = [np.array(f.convert("RGB")) for f in ImageSequence.Iterator(image)]
+            # GIF keeps milliseconds per frame; 0 is taken as 100, as browsers do.
+            milliseconds = image.info.get("duration") or 100
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Pillow's readers raise many things where a file is damaged.
+        raise OSError(f"{path.name}: {type(error).__name__}: {error}") from error
     pixels = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
     return pixels, 1000 / milliseconds if len(frames) > 1 else None
 

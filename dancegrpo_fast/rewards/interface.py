@@ -316,7 +316,8 @@ def score(reward: Reward, samples: Samples) -> Scored:
     """
     if isinstance(reward, SampleReward):
         return reward.score(samples)
-    return Scored.of(reward(_float(samples.videos), list(samples.prompts)))
+    # A list or an array of numbers says as much as a tensor.
+    return Scored.of(torch.as_tensor(reward(_float(samples.videos), list(samples.prompts))))
 
 
 def score_parts(reward: HasParts, samples: Samples) -> tuple[Tensor, dict[int, str]]:

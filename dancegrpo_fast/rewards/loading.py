@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -80,6 +82,13 @@ def load_rewards(
             shared[key] = SharedParts(inner)
             inner = Part(shared[key], part)
         rewards.append(_combined(inner, config, field))
+    names = [reward.name for reward in rewards]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise UserError(
+                f"rewards.{index}.name = {configs[index].name!r}: calls itself {name!r}, as "
+                f"rewards.{names.index(name)} does, and scores are kept by that; rename one"
+            )
     return rewards
 
 
@@ -160,10 +169,27 @@ def _find(field: str, name: str) -> tuple[Callable[..., Any], str | None]:
     spec = importlib.util.spec_from_file_location(f"user_reward_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, class_name):
+    with _of_the_user(f"{field} = {name!r}: {path} does not load"):
+        spec.loader.exec_module(module)
+    found = getattr(module, class_name, None)
+    if not callable(found):
         raise UserError(f"{field} = {name!r}: {path} defines no {class_name}")
-    return getattr(module, class_name), None
+    return found, None
+
+
+@contextmanager
+def _of_the_user(told: str) -> Iterator[None]:
+    """Inside runs code of the user's: what it raises is told with its line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        # That of a mistake in writing names its line itself.
+        at = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
+        reason = " ".join(str(error).split())
+        raise UserError(f"{told}: {type(error).__name__}: {reason}{at}") from error
 
 
 def _built(
@@ -179,7 +205,8 @@ def _built(
                 f"{field}.name = {config.name!r}: cannot be built{source}: {reason}"
             ) from error
     else:
-        reward = make(**given)
+        with _of_the_user(f"{field}.name = {config.name!r}: cannot be built"):
+            reward = make(**given)
     if isinstance(reward, Judge) and config.win_rate is None and not isinstance(reward, Reward):
         raise UserError(
             f"{field}.name = {config.name!r}: it compares pairs; set {field}.win_rate to balanced "

@@ -273,16 +273,21 @@ def read_token(file: str | None) -> str | None:
     """The token of a file, else of the environment; None if neither has one.
 
     Raises:
-        ValueError: A file that cannot be read or holds none.
+        ValueError: A file that cannot be read or holds none, or what no header can hold.
     """
     if file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
-    try:
-        token = Path(file).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"token_file = {file!r}: cannot be read ({error})") from None
-    if not token.isprintable() or not token or " " in token:
-        raise ValueError(f"token_file = {file!r}: must hold one line of printable characters")
+        where, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE, "").strip()
+        if not token:
+            return None
+    else:
+        where = f"token_file = {file!r}"
+        try:
+            token = Path(file).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{where}: cannot be read ({error})") from None
+    # Anything else cannot stand in a header.
+    if not (token.isascii() and token.isprintable() and token) or " " in token:
+        raise ValueError(f"{where}: must hold one line of printable ASCII characters")
     return token
 
 

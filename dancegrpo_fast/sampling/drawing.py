@@ -18,6 +18,7 @@ from dancegrpo_fast.sampling.searching import SearchScoring, draw_searches, sear
 from dancegrpo_fast.trajectories import Trajectories
 from dancegrpo_fast.transitions import coefficient_table
 from dancegrpo_fast.trees.candidates import walk
+from dancegrpo_fast.trees.timesteps import transitions_of
 from dancegrpo_fast.trees.tree import TreePlan
 
 
@@ -77,17 +78,11 @@ def draw_part(
                 config, family, modules, plan, conditions, searching,
                 key=key, prompts=sorted(held), forwards=forwards, before_step=before_step,
             )  # fmt: skip
-        transitions = plan.transitions(
-            dynamics=rollout.dynamics,
-            level=rollout.noise_level,
-            kl=config.loss.kl,
-            exact_density=rollout.exact_density,
-        )
         return draw_trees(
             family,
             modules,
             plan,
-            coefficient_table(transitions, device=world.device),
+            coefficient_table(transitions_of(plan, config), device=world.device),
             conditions,
             key=key,
             owner=owner,

@@ -114,6 +114,17 @@ def selection(
     return selected, redrawn(owner, selected & advantages.valid, advantages.valid)
 
 
+def check_frames(config: RunConfig) -> None:
+    """Refuse a reward that is to see frames which samples do not have."""
+    count = config.model.frames
+    for index, reward in enumerate(config.rewards):
+        if outside := [i for i in reward.frames or () if not -count <= i < count]:
+            raise UserError(
+                f"rewards.{index}.frames = {reward.frames}: samples have model.frames = {count}, "
+                f"no {outside[0]}; must be from {-count} to {count - 1}, or null for all"
+            )
+
+
 def arithmetic(
     family: Family, rollout: RolloutConfig, keep: str
 ) -> AbstractContextManager[None]:

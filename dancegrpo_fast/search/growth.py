@@ -185,7 +185,7 @@ class _Growth:
                 torch.stack([front[place] for place in batch]),
                 table.expand(len(fan.edges), -1).contiguous(),
                 keys=[self._noise(t, child, step) for t, child in fan.edges],
-                child_offsets=fan.offsets,
+                child_offsets=fan.offsets.to(sampler.family.device, non_blocking=True),
                 action_box=sampler.family.action_box,
             )
             following |= zip(fan.edges, moved.next_latents, strict=True)

@@ -1,4 +1,4 @@
-"""Which steps of a sample are trained, and what each is worth in the policy term."""
+"""The steps of a plan: which of a sample are trained, what each is worth in the policy term."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from dancegrpo_fast.config import RunConfig
 from dancegrpo_fast.ops.noise import NoiseKey, permutation
 from dancegrpo_fast.schedules import Schedule
-from dancegrpo_fast.transitions import transition
+from dancegrpo_fast.transitions import Transition, transition
 from dancegrpo_fast.trees.tree import TreePlan
 
 _OF_SAMPLES, _OF_GROUPS = 1, 2  # Domains below the selection key; 0 is batching's.
@@ -100,6 +100,34 @@ def edge_weights(plan: TreePlan, schedule: Schedule, config: RunConfig) -> np.nd
         else:
             weights[state.index] = rule[step]
     return weights
+
+
+def transitions_of(plan: TreePlan, config: RunConfig) -> tuple[Transition, ...]:
+    """[states] transition of the edge into each state of a recipe's plan."""
+    rollout = config.rollout
+    return plan.transitions(
+        dynamics=rollout.dynamics, level=rollout.noise_level, kl=config.loss.kl,
+        exact_density=rollout.exact_density,
+    )  # fmt: skip
+
+
+def check_noise(plan: TreePlan, config: RunConfig) -> None:
+    """Refuse steps that a model's grid leaves undefined, and to train one that adds no noise."""
+    dynamics = config.rollout.dynamics
+    try:
+        rows = transitions_of(plan, config)
+    except ValueError as error:
+        raise ValueError(
+            f"rollout.dynamics = {dynamics!r}: not with this model's schedule of "
+            f"{plan.schedule.steps} steps: {error}; use other dynamics or another number of steps"
+        ) from error
+    for state, row in zip(plan.states, rows, strict=True):
+        if state.trained and row.s == 0 and config.loss.kind == "policy_gradient":
+            raise ValueError(
+                f"rollout.dynamics = {dynamics!r}: step {plan.states[state.parent].step} of this "
+                f"model's schedule of {plan.schedule.steps} adds no noise, so it has no density to "
+                "train; use rollout.train_last = false, or another number of steps"
+            )
 
 
 def _steps(plan: TreePlan, edges: Sequence[int]) -> list[int]:

@@ -143,17 +143,19 @@ class ForwardUpdater(Stepping):
                     output = self._output(networks[call.module], self.rows(call))
                     found[position][number] = Fixed(old_output=output)
         if self.recomputes():
-            for position, number, call in every:
-                if position > 0:
-                    before = found[position][number]
-                    found[position][number] = before._replace(old_log_prob=self.log_prob(call))
+            with self.engine.by_forward() as networks:
+                for position, number, call in every:
+                    if position > 0:
+                        log_prob = self.log_prob(call, networks[call.module])
+                        before = found[position][number]
+                        found[position][number] = before._replace(old_log_prob=log_prob)
         return found
 
     def recomputes(self) -> bool:
         """Whether later updates compare with log-probs of the iteration's start."""
         return False
 
-    def log_prob(self, call: Call) -> Tensor:
+    def log_prob(self, call: Call, module: nn.Module) -> Tensor:
         """[B] as of now."""
         raise NotImplementedError
 
@@ -216,9 +218,9 @@ class AwmUpdater(ForwardUpdater):
         return old_log_prob_mode(self.config) == "recompute"
 
     @torch.no_grad()
-    def log_prob(self, call: Call) -> Tensor:
+    def log_prob(self, call: Call, module: nn.Module) -> Tensor:
         rows = self.rows(call)
-        output = self._output(self.engine.modules[call.module], rows)
+        output = self._output(module, rows)
         return self._loss(output, rows, Fixed(), 1.0, kl_weight=0.0, old_weight=0.0).log_prob
 
     def call_loss(

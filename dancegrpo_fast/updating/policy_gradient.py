@@ -45,7 +45,7 @@ class Updater(Stepping):
     def check(cls, config: RunConfig, family: Family, rewards: Sequence[Reward]) -> None:
         """See `Stepping.check`."""
         if config.rollout.pool_dtype == "float8_e4m3":
-            check_float8(family.device)
+            check_float8(family)
 
     def run(
         self,
@@ -124,21 +124,21 @@ class Updater(Stepping):
                 old = drawn.recorded_log_prob(fan.edges)
                 return old, drawn.recorded_output(fan.places) if normalise else None
             if self.mode == "recompute" and position > 0:
-                network = self.engine.modules[module]
-                now = recompute(fan, drawn, conditions, self.family, network)
+                now = recompute(fan, drawn, conditions, self.family, networks[module])
                 return now.log_prob, now.output if normalise else None
             return None, None
 
         normalise = self.config.loss.ratio_norm
         log_probs: list[list[Tensor | None]] = []
         outputs: list[list[Tensor | None]] = []
-        for position, update in enumerate(updates):
-            rows = [of_call(position, c.module, Fan.of_call(c)) for c in update.calls]
-            log_probs.append([values for values, _ in rows])
-            outputs.append([output for _, output in rows])
-            for call, values in zip(update.calls, log_probs[-1], strict=True):
-                if self.mode == "recompute" and values is not None:
-                    gate.record(call, drawn, values)
+        with self.engine.by_forward() as networks:
+            for position, update in enumerate(updates):
+                rows = [of_call(position, c.module, Fan.of_call(c)) for c in update.calls]
+                log_probs.append([values for values, _ in rows])
+                outputs.append([output for _, output in rows])
+                for call, values in zip(update.calls, log_probs[-1], strict=True):
+                    if self.mode == "recompute" and values is not None:
+                        gate.record(call, drawn, values)
         return log_probs, outputs
 
     def _pass_gate(self, gate: RatioGate, given: Iteration) -> dict[str, float]:
@@ -160,8 +160,9 @@ class Updater(Stepping):
                 for name, network in networks.items():
                     if name == worst[1].module:
                         explanation = explain_gap(
-                            worst, given.drawn, given.conditions, self.family, network, limit=limit
-                        )
+                            worst, given.drawn, given.conditions, self.family, network,
+                            limit=limit, mode=self.mode,
+                        )  # fmt: skip
             size = self.config.loss.micro_batch_size
             now = forward_settings(self.family, self.policy, batch_size=size)
             raise gap_report(largest, limit, self.mode, given.sampled_with, now, explanation)

@@ -147,6 +147,38 @@ def test_dynamics_and_family_must_fit(tmp_path, folder, changes, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "scheduler, steps, dynamics, message",
+    [
+        # Zero terminal SNR: x holds no signal at the first point, where vp's step is infinite.
+        ({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction",
+          "timestep_spacing": "trailing"}, 4, "vp", "not with this model's schedule of 4 steps: "
+         "alpha = 0.0: the step is undefined at 0 and at 1; use other dynamics"),
+        # Without an offset the last timestep is 0 already: nothing is left to be renoised.
+        ({"steps_offset": 0}, 4, "ddim", "step 3 of this model's schedule of 4 adds no noise, so "
+         "it has no density to train; use rollout.train_last = false"),
+    ],
+)  # fmt: skip
+def test_steps_without_a_density_are_refused_before_anything_is_loaded(
+    tmp_path, folder, scheduler, steps, dynamics, message
+):
+    settings = {key: value for key, value in SCHEDULER.items() if key != "skip_prk_steps"}
+    model = altered(folder, tmp_path / "m", "model_index.json",
+                    scheduler=["diffusers", "DDIMScheduler"])  # fmt: skip
+    DDIMScheduler(**(settings | scheduler)).save_pretrained(model / "scheduler")
+    last = {"rollout.final": "sample", "rollout.train_last": True}
+    changes = last | {"rollout.steps": steps, "rollout.dynamics": dynamics}
+    with pytest.raises(UserError) as caught:
+        Trainer(CASE.recipe(tmp_path, model, changes), CPU)
+    assert str(caught.value).startswith(f"rollout.dynamics = {dynamics!r}: {message}")
+
+
+def test_attention_backends_of_diffusers_are_refused(tmp_path, folder):
+    """A UNet's processors never ask for one; the run used to end when its weights were loaded."""
+    with pytest.raises(UserError, match="parallel.attention = native: UNet2D.* use default"):
+        Trainer(CASE.recipe(tmp_path, folder, {"parallel.attention": "native"}), CPU)
+
+
 def test_distilled_networks_are_refused(tmp_path, folder):
     other = altered(folder, tmp_path / "lcm", "unet/config.json", time_cond_proj_dim=32)
     with pytest.raises(UserError, match="takes the guidance scale as an input"):

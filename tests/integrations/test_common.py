@@ -227,10 +227,12 @@ def test_nothing_waits_for_a_gpu() -> None:
     m = x.bfloat16().requires_grad_()
     alphas, on_device = ALPHAS.clone(), SIGMAS.float().cuda()
     where = {"device": torch.device("cuda")}
+    # Here: moving them there would wait.
+    indices = (2, torch.tensor(2).cuda(), torch.tensor([2, 0, 7]).cuda())
 
     def run() -> None:
         for sigmas in (SIGMAS, on_device):
-            for index in (2, torch.tensor(2).cuda(), torch.tensor([2, 0, 7]).cuda()):
+            for index in indices:
                 table = common.flow_table(sigmas, dynamics="flow", level=0.7, **where)
                 out = common.step(m, x, common.rows(table, index, 3))
                 again = common.step(m, x, common.rows(table, index, 3), prev_sample=x)
@@ -284,5 +286,20 @@ def test_clipped_loss_of_two_rewards_and_its_gradient() -> None:
     assert float(metrics["log_prob_gap"]) == pytest.approx(float(new.detach().abs().max()))
     with pytest.raises(ValueError, match="reward_weights"):
         common.clipped_loss(new, old, advantages, 1e-2, reward_weights=(1.0,))
+    for bad in (-0.1, (0.1, float("nan"))):
+        with pytest.raises(ValueError, match="clip_range = .*: must be"):
+            common.clipped_loss(new, old, advantages, bad)
+        with pytest.raises(ValueError, match="clip_range = .*: must be"):
+            common.ratio_metrics(new, old, bad)
+
+
+def test_a_negative_reward_weight_turns_the_whole_clipped_objective() -> None:
+    new, old = normal(6, seed=1) * 1e-2, torch.zeros(6).double()
+    advantages = 3 * normal(6, 2, seed=2)
+    weights = (1.0, -0.5)
+    out = common.clipped_loss(new, old, advantages, [1e-3, 2e-3], reward_weights=weights)
+    per_reward = [formulas.clipped(new.exp(), advantages[:, r], 1e-3, 2e-3) for r in range(2)]
+    true = (weights[0] * per_reward[0] + weights[1] * per_reward[1]).mean()
+    torch.testing.assert_close(out.loss, true, rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="must be"):
         common.clipped_loss(new, old[:3], advantages, 1e-2)

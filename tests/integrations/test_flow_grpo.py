@@ -184,6 +184,8 @@ def test_conventions_of_the_results() -> None:
     torch.testing.assert_close(sd[3].reshape(-1).double(), g, rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="sde_type = 'ode'"):
         sde_step_with_logprob(host, x, t, x, sde_type="ode")
+    with pytest.raises(ValueError, match="sde_type = 'ode'"):
+        flow_grpo.fused_loss(host, x, t, x, x, *torch.ones(2, len(x)), sde_type="ode")
     with pytest.raises(ValueError, match="not among the scheduler's"):
         sde_step_with_logprob(host, x, t + 1, x)
     with pytest.raises(ValueError, match="both given"):

@@ -197,6 +197,9 @@ def test_errors_and_exits_of_the_script_are_its_own(tmp_path: Path) -> None:
 
 def test_every_host_has_what_the_runner_asks_for() -> None:
     assert {"dancegrpo", "flow_grpo"} <= set(run.HOSTS)
+    for host in run.HOSTS:  # what is not a host is not offered as one
+        text = (Path(run.__file__).parent / f"{host}.py").read_text()
+        assert "Written against commit" in text, host
     patches = run.patches_of(run.HOSTS)
     for patch in patches:
         assert callable(getattr(patch.replacement, "__func__", patch.replacement)), patch

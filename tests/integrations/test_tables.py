@@ -111,6 +111,7 @@ def test_undefined_steps_are_nan_and_bad_arguments_are_refused() -> None:
 def test_tables_are_kept_until_the_sigmas_change_or_die() -> None:
     build = functools.partial(common.flow_table, dynamics="dance")
     sigmas = torch.linspace(1, 0, 5)
+    gc.collect()  # what other tests left
     before = len(tables.TABLES._kept)
     first = build(sigmas, level=0.3)
     assert build(sigmas, level=0.3) is first
@@ -130,6 +131,21 @@ def test_tables_are_kept_until_the_sigmas_change_or_die() -> None:
         sigmas[1] = 0.8
         assert not torch.equal(build(sigmas, level=0.3), first)
     assert len(tables.TABLES._kept) == before
+
+
+def test_a_level_in_a_tensor_is_read_not_remembered() -> None:
+    level = torch.tensor(0.25)  # a host that anneals it in place
+    alphas = torch.linspace(0.999, 0.01, 20)
+    calls = (
+        lambda level: common.flow_table(SIGMAS, dynamics="dance", level=level),
+        lambda level: common.noise_table(SIGMAS, dynamics="dance", level=level),
+        lambda level: common.ddim_table(alphas, stride=5, eta=level),
+    )
+    for call in calls:
+        level.fill_(0.25)
+        assert call(level) is call(0.25)
+        level.fill_(0.5)
+        assert call(level) is call(0.5)
 
 
 def test_noise_table() -> None:

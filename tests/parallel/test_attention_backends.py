@@ -40,6 +40,7 @@ def installed(monkeypatch):
         ("cudnn", {"dtype": torch.float32}, "does not compute in float32; use default or native"),
         ("cudnn", {"degree": 2, "masked": True}, "takes no such mask; use default or native$"),
         ("flash", {"device": CPU}, "needs a GPU and this is cpu; use default or native$"),
+        ("cudnn", {"network": "UNet2DConditionModel"}, "always calls PyTorch's SDPA; use default$"),
         ("flash_3", {"degree": 2, "device": CPU}, "no backward.*; .*is split.*; it needs a GPU"),
     ],
 )

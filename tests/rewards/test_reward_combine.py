@@ -8,7 +8,7 @@ import torch
 
 from dancegrpo_fast.advantages import leaf_advantages
 from dancegrpo_fast.config import AdvantageConfig
-from dancegrpo_fast.rewards.combine import Threshold, WinRate
+from dancegrpo_fast.rewards.combine import OnFrames, Threshold, WinRate
 from dancegrpo_fast.rewards.interface import SampleReward, Samples, Scored
 
 
@@ -153,3 +153,20 @@ def test_threshold_keeps_failures():
     assert scored.values[3].isnan() and scored.errors == ("", "", "", "dark")
     # One side for all: nothing to learn, and no division by nothing.
     assert not advantages(Threshold(Bright(), 0.0).score(samples(WORTH)).values).any()
+
+
+def test_chosen_frames_of_a_users_class_have_its_gradient():
+    class Own:  # A class of the user's need not derive from ours.
+        name, differentiable = "own", True
+
+        def __call__(self, videos, prompts):
+            return videos.mean(dim=(1, 2, 3, 4))
+
+        def gradient_scores(self, samples):
+            return self(samples.videos, samples.prompts)
+
+    videos = torch.zeros(2, 3, 3, 1, 1, requires_grad=True)
+    reward = OnFrames(Own(), [-1])
+    assert reward.differentiable and not OnFrames(Bright(), [-1]).differentiable
+    reward.gradient_scores(Samples(videos, ["p", "p"])).sum().backward()
+    assert videos.grad[:, 2].all() and not videos.grad[:, :2].any()

@@ -12,7 +12,15 @@ from tiny_reward_models import images_of, tiny_clip
 from torch import nn
 
 from dancegrpo_fast.config import RewardConfig, UserError
-from dancegrpo_fast.rewards import REWARDS, Reward, SampleReward, Samples, Scored, load_rewards
+from dancegrpo_fast.rewards import (
+    REWARDS,
+    Reward,
+    SampleReward,
+    Samples,
+    Scored,
+    load_rewards,
+    score,
+)
 from dancegrpo_fast.rewards.scoring import check_whole_groups, score_latents
 
 CUSTOM = '''
@@ -63,6 +71,41 @@ def test_a_reward_may_take_anything(custom):
     assert refused({"name": "loose.py:Loose"}) == [
         "rewards.0.options.a: is missing; loose.py:Loose needs it"
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("class X(:", "x.py does not load: SyntaxError: invalid syntax (x.py, line 1)"),
+        ("import no_such", "x.py does not load: ModuleNotFoundError: No module named 'no_such'"),
+        ("class X:\n    def __init__(self):\n        raise RuntimeError('no weights')",
+         "cannot be built: RuntimeError: no weights ("),
+        ("X = 3", "x.py defines no X"),
+    ],
+)  # fmt: skip
+def test_a_file_of_the_users_that_fails_is_one_line_with_its_place(custom, text, reason):
+    Path("x.py").write_text(text)
+    (line,) = refused({"name": "x.py:X"})
+    assert line.startswith(f"rewards.0.name = 'x.py:X': {reason}")
+    if "(" in reason[-2:]:
+        assert line.endswith("x.py, line 3)")
+
+
+def test_two_rewards_of_one_name_are_refused(custom):
+    """Metrics and scores are kept by name: one would stand for both."""
+    again = {"name": "mine.py:Bright", "options": {"gain": 2}}
+    (line,) = refused({"name": "mine.py:Bright"}, again)
+    assert "rewards.1.name = 'mine.py:Bright': calls itself 'bright', as rewards.0 does" in line
+
+
+@pytest.mark.parametrize("made", ["[1.0] * len(prompts)", "numpy.ones(len(prompts))"])
+def test_scores_need_be_no_tensor(custom, made):
+    Path("x.py").write_text(
+        "import numpy\nclass X:\n    name = 'x'\n    def __call__(self, videos, prompts):\n"
+        f"        return {made}\n"
+    )
+    found = score(one(name="x.py:X"), Samples(images_of((8, 8), 2), ["a", "b"]))
+    assert found.values.tolist() == [1, 1]
 
 
 def one(**settings) -> Reward:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +138,34 @@ def test_a_broken_file_is_named_and_the_others_are_scored(capsys):
     assert rows[1]["colourfulness"] == "" and rows[0]["error"] == ""
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_files_that_pillow_trips_over_are_named(capsys, monkeypatch):
+    images = images_of((32, 32), 3)
+    for i, image in enumerate(images[:2]):
+        save(image, f"{i}.png")
+    save(images[2], "0_damaged.gif")
+    data = bytearray(Path("samples/0_damaged.gif").read_bytes())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
+    Image.new("RGB", (40, 40)).save("samples/0_large.png")
+    Image.new("I;16", (16, 16), 30000).save("samples/0_deep.png")
+    Path("samples/0_damaged.gif").write_bytes(data[:-20] + bytes([255] * 3))
+    bad_name = os.fsdecode(b"samples/1_\xff.png")
+    Image.new("RGB", (16, 16)).save(bad_name)
+    code, out, rows = score(capsys, "--reward", "colourfulness")
+    assert code == 0
+    told = {row["file"]: row["error"] for row in rows}
+    assert "exceeds limit" in told["0_large.png"] and "DecompressionBomb" in told["0_large.png"]
+    assert "more than 8 bits a channel" in told["0_deep.png"]
+    assert told["1_?.png"] == ""
+
+
+def test_a_place_that_cannot_be_had_costs_no_scoring(capsys, monkeypatch):
+    save(images_of((8, 8), 1)[0], "0.png")
+    monkeypatch.setattr("dancegrpo_fast.cli.score._score", None)
+    code, err, _ = score(capsys, "--reward", "colourfulness", "--out", "prompts.txt")
+    assert code == 2 and err == "prompts.txt: File exists; name another place"
+
+
 def test_videos(capsys):
     frames = images_of((32, 48), 10)
     with av.open("samples/0.mp4", "w") as container:
@@ -260,6 +289,7 @@ def test_settings_that_no_reward_has(capsys):
     for word, line in (
         ("frames=3", "frames = 3: Input should be a valid list"),
         ("optoins.a=3", "'optoins.a=3': write path=..., frames=[0] or options.NAME=..."),
+        ("name=flicker", "'name=flicker': write path=..., frames=[0] or options.NAME=..."),
         ("wait=3", "wait = 3: Extra inputs"),
         ("options.cap=0", "rewards.0.options.cap = 0: must be greater than 0"),
     ):

@@ -21,6 +21,7 @@ from dancegrpo_fast.cli import main
 from dancegrpo_fast.rewards import REWARDS, Samples, Scored, score, wire
 from dancegrpo_fast.rewards.engine import Engine, Job
 from dancegrpo_fast.rewards.remote import Remote
+from dancegrpo_fast.rewards.transport import read_token
 
 TOKEN = "a-token-of-tests"
 BODY_MB = 2
@@ -321,6 +322,23 @@ def test_two_devices_work_at_once_and_stop():
     assert not stopping.is_alive()
 
 
+def test_a_gpu_without_a_number_is_the_first(monkeypatch):
+    """`torch.cuda.set_device` refuses it, in a thread whose end nobody would see."""
+    chosen, placed = [], threading.Event()
+
+    class Placed(Slow):
+        offload = False
+
+        def place(self, device):
+            placed.set()
+
+    number = torch.cuda._utils._get_device_index  # As `set_device` reads its argument.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(number(device)))
+    engine = Engine([Placed()], [torch.device("cuda")], largest_batch=1)
+    assert placed.wait(20) and chosen == [0]
+    engine.stop(5)
+
+
 def test_a_running_request_is_finished_before_the_end(tmp_path):
     server = Server(tmp_path, "told.py:Told").ready()
     samples = Samples(torch.full((1, 1, 3, 2, 2), 0.25), ["wait 2"])
@@ -339,10 +357,11 @@ def test_a_running_request_is_finished_before_the_end(tmp_path):
     [
         (["colourfulness", "--host", "0.0.0.0"], "give --token-file, or serve on 127.0.0.1"),
         (["no_such", "--port", "0"], "no such reward"),
-        (["colourfulness", "colourfulness", "--port", "0"], "two rewards have the name"),
+        (["colourfulness", "colourfulness", "--port", "0"], "calls itself 'colourfulness', as"),
         (["colourfulness", "--port", "0", "--devices", "gpu"], "--devices = gpu"),
         (["colourfulness", "--batch-size", "0"], "--batch-size = 0: must be positive"),
-        (["colourfulness", "--token-file", "gone"], "--token_file = 'gone': cannot be read"),
+        (["colourfulness", "--token-file", "gone"], "--token-file = 'gone': cannot be read"),
+        (["colourfulness", "--port", "70000"], "--port = 70000: must be from 0 to 65535"),
         ([], "needs NAMEs or --recipe"),
     ],
 )
@@ -351,6 +370,15 @@ def test_mistakes_are_one_line(capsys, monkeypatch, arguments, line):
     assert main(["serve-reward", *arguments]) == 2
     (found,) = capsys.readouterr().err.strip().split("\n")
     assert line in found
+
+
+@pytest.mark.parametrize("token", ["a b", "caf\u00e9", "a\nb"])
+def test_a_token_that_no_header_holds_is_refused(capsys, monkeypatch, token):
+    monkeypatch.setenv("DANCEGRPO_FAST_TOKEN", token)
+    assert main(["serve-reward", "colourfulness", "--port", "0"]) == 2
+    assert "DANCEGRPO_FAST_TOKEN: must hold one line" in capsys.readouterr().err
+    monkeypatch.setenv("DANCEGRPO_FAST_TOKEN", " fine\n")
+    assert read_token(None) == "fine"
 
 
 def test_a_taken_port_is_one_line(capsys):
