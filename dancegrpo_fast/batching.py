@@ -93,7 +93,10 @@ Credits = dict[tuple[int, int], _Credit]
 def leaf_owners(
     prompts: int, group_size: int, world_size: int, *, spread: bool = False
 ) -> np.ndarray:
-    """[P, G] rank that draws each sample: contiguous in canonical order, or each group spread."""
+    """[P, G] rank that draws each sample: contiguous in canonical order, or each group spread.
+
+    What a spread group leaves over goes to other ranks with every prompt.
+    """
     if spread:
         if group_size < world_size:
             raise ValueError(
@@ -102,7 +105,8 @@ def leaf_owners(
             )
         parts = np.array_split(np.arange(group_size), world_size)
         row = np.concatenate([np.full(len(part), rank) for rank, part in enumerate(parts)])
-        return np.tile(row, (prompts, 1))
+        turn = np.arange(prompts)[:, None] * (group_size % world_size)
+        return (row + turn) % world_size
     if prompts * group_size < world_size:
         raise ValueError(
             f"{prompts} prompts x {group_size} samples cannot be spread over {world_size} "

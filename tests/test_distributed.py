@@ -183,6 +183,14 @@ def test_too_few_samples_for_the_processes_is_refused():
         leaf_owners(1, 2, 3)
 
 
+def test_what_spread_groups_leave_over_falls_on_all_ranks():
+    for prompts, size, ranks in ((48, 24, 16), (3, 5, 3), (2, 7, 4), (4, 6, 3)):
+        owner = leaf_owners(prompts, size, ranks, spread=True)
+        for table in (owner, *owner):  # The whole, and each prompt.
+            counts = np.bincount(table.ravel(), minlength=ranks)
+            assert counts.max() - counts.min() <= 1
+
+
 def test_gather_of_uneven_leaf_counts(monkeypatch):
     """Rewards come back in canonical order whatever the shares; padding never shows."""
     rewards = np.arange(2 * 5 * 3, dtype=np.float32).reshape(2, 5, 3)

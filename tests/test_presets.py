@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
+from dancegrpo_fast.batching import leaf_owners
 from dancegrpo_fast.cli import main
 from dancegrpo_fast.config import RunConfig, UserError, dump, load_config
 from dancegrpo_fast.config.agreement import ONLY_WITH
@@ -193,3 +196,20 @@ def test_the_run_says_what_the_preset_set(tmp_path) -> None:
 def test_rules_name_fields_that_exist() -> None:
     for path, selector, _ in ONLY_WITH:
         assert field_at(path) and field_at(selector)
+
+
+NAMED = {
+    path: int(found[1])
+    for path in sorted(RECIPES.glob("*.yaml"))
+    if (found := re.search(r"\b(\d+) GPUs", path.read_text(encoding="utf-8")))
+}
+
+
+@pytest.mark.parametrize("path", NAMED, ids=lambda path: path.stem)
+def test_samples_can_be_dealt_to_the_gpus_that_a_recipe_names(path) -> None:
+    config = load_config(path)
+    ranks = NAMED[path] // config.parallel.sp
+    spread = config.parallel.groups == "spread"
+    sizes = config.data.prompts_per_iteration, config.rollout.group_size
+    counts = np.bincount(leaf_owners(*sizes, ranks, spread=spread).ravel())
+    assert len(counts) == ranks and len(NAMED) > 15
