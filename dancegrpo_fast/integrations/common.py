@@ -304,7 +304,7 @@ def clipped_surrogate(
 
 def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     """(low, high); unlike `ops.policy_loss` low may be above 1, as in the hosts."""
-    low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+    low, high = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
     if not (low >= 0 and high >= 0):
         raise ValueError(f"clip_range = {clip_range}: must be c or (low, high), at least 0")
     return low, high

@@ -259,7 +259,8 @@ def _advantage_parts(packing: Packing, advantages: Tensor) -> Tensor:
 
 def clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     """(low, high) of the clip range [1 - low, 1 + high]."""
-    low, high = clip_range if isinstance(clip_range, tuple | list) else (clip_range, clip_range)
+    # Not tuple | list: torch 2.5 cannot compile that.
+    low, high = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
     if not (0 <= low <= 1 and 0 <= high < math.inf):
         raise ValueError(
             f"clip_range = {clip_range}: must be c or (low, high) with 0 <= low <= 1 and 0 <= "
