@@ -7,6 +7,7 @@ from their definitions and nothing shared, summed or batched by state.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,12 +74,12 @@ def _columns(case: Case, p: int, g: int) -> list[float] | None:
     return [r if w > 0 else -r for r, w in used]
 
 
-def _joined(case: Case, normal: Sequence[float]) -> tuple[float, ...]:
+def _joined(case: Case, normal: Sequence[float], clip: float = 1.2) -> tuple[float, ...]:
     """One transition's advantages, combined and clamped."""
     if case.combine == "advantage":
         used = [abs(w) for w in case.weights if w]
         normal = [sum(w * a for w, a in zip(used, normal, strict=True))]
-    return tuple(max(-1.2, min(1.2, a)) for a in normal)
+    return tuple(max(-clip, min(clip, a)) for a in normal)
 
 
 def _normalise_columns(rows: Mapping[int, list[float]]) -> dict[int, list[float]]:
@@ -87,11 +88,11 @@ def _normalise_columns(rows: Mapping[int, list[float]]) -> dict[int, list[float]
     return {member: [column[i] for column in columns] for i, member in enumerate(rows)}
 
 
-def leaf_values(case: Case, p: int) -> dict[int, tuple[float, ...]]:
+def leaf_values(case: Case, p: int, clip: float = 1.2) -> dict[int, tuple[float, ...]]:
     """Advantages of the valid samples of a prompt, by leaf position."""
     group = range(len(case.plan.leaves))
     rows = {g: row for g in group if (row := _columns(case, p, g)) is not None}
-    return {g: _joined(case, normal) for g, normal in _normalise_columns(rows).items()}
+    return {g: _joined(case, normal, clip) for g, normal in _normalise_columns(rows).items()}
 
 
 def edge_values(case: Case, p: int) -> dict[int, tuple[float, ...]]:
@@ -146,8 +147,9 @@ def explicit_terms(case: Case) -> list[list[Term]]:
     for p in range(case.prompts):
         leaves = leaf_values(case, p)
         weights = [abs(w) for w in case.weights if w] if case.combine == "loss" else [1.0]
+        apart = leaf_values(case, p, math.inf)  # Clamped, the best of many would be equal.
         ranked = sorted(
-            leaves, key=lambda g: sum(w * a for w, a in zip(weights, leaves[g], strict=True))
+            apart, key=lambda g: sum(w * a for w, a in zip(weights, apart[g], strict=True))
         )
         if case.best_of_n is not None and case.best_of_n < len(ranked):
             half = case.best_of_n // 2
