@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+from launching import launch
 from tiny_models import CPU, tiny_config
 
 from dancegrpo_fast.config import OptimizerConfig
 from dancegrpo_fast.parallel.engine import adamw
+from dancegrpo_fast.parallel.world import leave
 from dancegrpo_fast.trainer import Trainer
 
 SETTINGS = OptimizerConfig(learning_rate=1e-2, weight_decay=1e-2)
@@ -86,14 +87,11 @@ def test_a_resumed_run_has_the_same_bits(tmp_path, tiny_wan_folder):
     assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
 
 
-def in_slices(rank: int, folder: str) -> None:
+def in_slices(folder: Path) -> None:
     """One of two processes: the same steps on FSDP2's slices."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo")
     mesh = dist.init_device_mesh("cpu", (2,))
     module = network()
     scalar = module.get_parameter("p3")  # FSDP2 has no slices of a number: it stays whole.
@@ -110,8 +108,9 @@ def in_slices(rank: int, folder: str) -> None:
         optimizer.step()
     found = [module.get_parameter(f"p{i}") for i in range(3)]
     whole = [p.full_tensor().detach() for p in found] + [scalar.detach()]
-    if rank == 0:
-        torch.save(whole, Path(folder) / "found.pt")
+    if dist.get_rank() == 0:
+        torch.save(whole, folder / "found.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -120,8 +119,12 @@ def test_slices_of_two_processes_are_stepped_as_the_whole(tmp_path):
 
     A vector instruction may round otherwise than the rest of a row: one unit of float32 a step.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(in_slices, (str(tmp_path),), nprocs=2)
+    assert launch(Path(__file__), tmp_path).returncode == 0
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     for whole, right in zip(found, stepped(fused=True), strict=True):
         torch.testing.assert_close(whole, right, rtol=STEPS * 2**-23, atol=STEPS * 2**-24)
+
+
+if __name__ == "__main__":
+    in_slices(Path(sys.argv[1]))
+    leave(0)
