@@ -216,7 +216,7 @@ def _parsed(file: Path) -> Any:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) and file.name.endswith("config.json"):
             raise ValueError("no object")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
